@@ -182,7 +182,7 @@ def load_model(
     Args:
         dtype: of all parameters; None: as stored.
         matrices: dtype of matrices, instead of `dtype`.
-        quantise: nf4 or int8: the linear layers of the blocks are frozen and quantised
+        quantise: nf4, int8 or fp8: the linear layers of the blocks are frozen and quantised
             (rwkv.kernels.quant), each as it is read, so that the whole model is never in memory.
         tensors: those of `path`, if they were read already; they are removed from the dictionary.
 

@@ -306,6 +306,13 @@ def stack() -> str:
     return "cu117" if importlib.metadata.version("torch").startswith("1.") else "modern"
 
 
+def float8() -> Any:
+    """The dtype float8_e4m3fn; None on torch 1, which has none."""
+    import torch
+
+    return getattr(torch, "float8_e4m3fn", None)
+
+
 def pythons() -> list[str]:
     """Python versions that the stack is locked for."""
     return ["3.10"] if stack() == "cu117" else ["3.10", "3.11", "3.12", "3.13"]

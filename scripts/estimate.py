@@ -58,7 +58,8 @@ def check(c: EstimateConfig) -> None:
     wrong = {
         "--optimizer muon is for --method full": c.optimizer == "muon" and lora,
         f"--optimizer {c.optimizer} is not supported with --strategy {c.strategy}": c.optimizer != "adam" and sharded,
-        f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base in ("nf4", "int8")
+        f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base
+        in ("nf4", "int8", "fp8")
         and lora
         and sharded,
         "--release_grads 1 needs --optimizer adamw8bit": c.release_grads and c.optimizer != "adamw8bit",

@@ -282,9 +282,9 @@ def is_hidden(name: str, shape: torch.Size) -> bool:
 
 
 def is_quantisable(name: str, shape: torch.Size) -> bool:
-    """Whether --lora_base nf4 and int8 quantise a parameter: the linear layers of the blocks. Not
-    the embedding, which is a lookup, nor the head, to which the loss is more sensitive; in large
-    models they are few parameters.
+    """Whether --lora_base nf4, int8 and fp8 quantise a parameter: the linear layers of the blocks.
+    Not the embedding, which is a lookup, nor the head, to which the loss is more sensitive; in
+    large models they are few parameters.
     """
     return is_hidden(name, shape)
 

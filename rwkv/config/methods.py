@@ -72,11 +72,13 @@ class LoRAConfig(TrainConfig):
     reads it there."""
     lora_dropout: float = 0.01
     """Dropout on the input of the adapter."""
-    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
+    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8", "fp8"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
     in bf16), else fp32. nf4 (QLoRA: 4 bits, a quarter of bf16) and int8 (half of bf16) quantise
     those of the blocks of --load_model while it is read; slower, and merging uses the original
-    weights."""
+    weights. fp8 (half of bf16; modern stack, on GPUs since Hopper) also rounds the inputs of the
+    matmuls to 8 bits, which tensor cores multiply at twice the rate of bf16; never chosen
+    automatically."""
     use_dora: bool = False
     """DoRA: also train the length of every row of the adapted matrices (lora_magnitude_vector), as
     peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added in a merge."""
@@ -98,8 +100,8 @@ class LoRAConfig(TrainConfig):
 
     @property
     def quantised(self) -> str | None:
-        """nf4 or int8, if the base is quantised."""
-        return self.lora_base if self.lora_base in ("nf4", "int8") else None
+        """nf4, int8 or fp8, if the base is quantised."""
+        return self.lora_base if self.lora_base in ("nf4", "int8", "fp8") else None
 
     @property
     def alpha(self) -> float:

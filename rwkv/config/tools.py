@@ -231,9 +231,9 @@ class EstimateConfig:
     time whole (see lora.py --help)."""
     use_dora: bool = False
     """LoRA with DoRA, which also trains the norm of each row of the adapted matrices."""
-    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8"] = "auto"
-    """Data type of the frozen matrices. nf4 takes about a quarter of bf16, int8 half. auto: bf16
-    with precision bf16, else fp32."""
+    lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8", "fp8"] = "auto"
+    """Data type of the frozen matrices. nf4 takes about a quarter of bf16, int8 and fp8 half. auto:
+    bf16 with precision bf16, else fp32."""
     optimizer: Literal["adam", "adamw8bit", "muon", "adafactor"] = "adam"
     """adam: 8 bytes per trained element. adamw8bit: 2, and full tuning keeps no fp32 weights. muon:
     4 for the matrices of the blocks. adafactor: one number per row and column."""

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from rwkv import compat
 from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
-from rwkv.kernels.quant import Quantised
+from rwkv.kernels.quant import FP8, Quantised
 
 MIN_ONEDNN_MULTIPLICATIONS = 1 << 20  # for smaller matmuls the set-up of oneDNN costs more than it gains
 
 _onednn = compat.onednn_matmul()
 
 Weight = Tensor | Quantised
-"""A matrix [out, in]. A quantised one is frozen, and dense only during a matmul."""
+"""A matrix [out, in]. A quantised one is frozen, and dense only during a matmul, in FP8 never."""
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -43,12 +43,16 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear_forward(x: Tensor, weight: Weight) -> Tensor:
     """x Wᵀ in x's dtype: [N, in], [out, in] → [N, out]."""
+    if isinstance(weight, FP8) and weight.multiplies:
+        return weight.times_transpose(x)
     weight = dense(weight, x.dtype)
     return _onednn(x, weight) if uses_onednn(x, weight) else x @ weight.t()
 
 
 def linear_grad_input(g: Tensor, weight: Weight) -> Tensor:
     """g W, the gradient of x, in g's dtype: [N, out], [out, in] → [N, in]."""
+    if isinstance(weight, FP8) and weight.multiplies:
+        return weight.times(g)
     weight = dense(weight, g.dtype)
     return _onednn(g, weight.t()) if uses_onednn(g, weight) else g @ weight
 

@@ -1,4 +1,5 @@
-"""Frozen matrices in 4 or 8 bits: quantisation, and dequantisation to a dense matrix.
+"""Frozen matrices in 4 or 8 bits: quantisation, dequantisation to a dense matrix, and products in
+FP8.
 
 NF4   QLoRA (Dettmers et al. 2023, arXiv:2305.14314): blocks of 64 elements, in row order, divided
       by their absmax and rounded to 16 levels, the quantiles of a normal distribution. The absmax
@@ -6,9 +7,12 @@ NF4   QLoRA (Dettmers et al. 2023, arXiv:2305.14314): blocks of 64 elements, in 
       numbers (Dettmers et al. 2022, arXiv:2110.02861). 4.127 bits per element.
 int8  LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), without its outliers: each row is divided
       by its absmax and rounded to multiples of 1/127.
+fp8   e4m3 of "FP8 Formats for Deep Learning" (Micikevicius et al. 2022, arXiv:2209.05433): divided
+      by one scale and rounded to 3 bits of mantissa. Products are computed in FP8, too
+      (docs/decisions/036).
 
-Levels and every rounding are those of bitsandbytes 0.50 on a CPU, so that the dense matrices are
-equal bit for bit (tests/kernels/test_quant.py).
+Levels and every rounding of NF4 and int8 are those of bitsandbytes 0.50 on a CPU, so that the dense
+matrices are equal bit for bit (tests/kernels/test_quant.py).
 """
 
 import abc
@@ -20,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkv import compat
 from rwkv.kernels import gpu, load
 
 BLOCK, GROUP = 64, 256
@@ -220,7 +225,66 @@ def int8_reference(q: Tensor, absmax: Tensor) -> Tensor:
     return q * absmax[:, None] * 7.874015718698502e-3  # 1/127 in fp32
 
 
-KINDS: dict[str, Callable[[Tensor], Quantised]] = {"nf4": NF4, "int8": Int8}
+class FP8(Quantised):
+    """A matrix in FP8; see the top of this file. torch 2 only.
+
+    Attributes:
+        q: float8_e4m3fn [rows, columns].
+        scale: fp32 [1, 1], the absmax of the matrix / 448.
+    """
+
+    kind, _tensors = "fp8", ("q", "scale")
+
+    def __init__(self, weight: Tensor):
+        """Quantise a matrix on a CPU, some rows at a time."""
+        super().__init__(weight.shape)
+        self.q = torch.empty(self.shape, dtype=compat.float8())
+        parts = weight.detach().split(max(1, _CHUNK // max(1, self.shape[1])))
+        self.scale = _fp8_scale(torch.stack([part.abs().max().float() for part in parts]).max()).view(1, 1)
+        for part, target in zip(parts, self.q.split(len(parts[0])), strict=True):
+            target.copy_(part.float() / self.scale)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return (self.q.float() * self.scale).to(dtype)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether GPUs compute its products in FP8, which needs multiples of 16; else it is
+        dequantised.
+        """
+        return all(size % 16 == 0 for size in self.shape)
+
+    def times_transpose(self, x: Tensor) -> Tensor:
+        """x Wᵀ in x's dtype: [N, columns] → [N, rows]."""
+        return _fp8_product(x, self.q.t(), self.scale)
+
+    def times(self, g: Tensor) -> Tensor:
+        """g W in g's dtype: [N, rows] → [N, columns]. GPUs multiply by a matrix stored by columns,
+        so W is copied, with 1 byte per element.
+        """
+        return _fp8_product(g, self.q.t().contiguous().t(), self.scale)
+
+
+def _fp8_scale(absmax: Tensor) -> Tensor:
+    """The divisor by which the largest element becomes 448, the largest number in e4m3. Not less
+    than the smallest normal number: training flushes denormals to 0.
+    """
+    return (absmax / 448).clamp(min=_TINY)
+
+
+def _fp8_product(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    """x times an FP8 matrix stored by columns, in x's dtype; each row of x is rounded to FP8 with a
+    scale of its own. GPUs return bf16 for scales by row, so the product is rounded to bf16.
+    """
+    of_rows = _fp8_scale(x.abs().amax(1, keepdim=True).float())
+    rounded = (x / of_rows).to(matrix.dtype)
+    of_columns = scale.expand(1, matrix.shape[1]).contiguous()
+    newer: Any = torch  # the stubs are those of 1.13.1
+    product = newer._scaled_mm(rounded, matrix, scale_a=of_rows, scale_b=of_columns, out_dtype=torch.bfloat16)
+    return product.to(x.dtype)
+
+
+KINDS: dict[str, Callable[[Tensor], Quantised]] = {"nf4": NF4, "int8": Int8, "fp8": FP8}
 """Quantise a matrix, by the value of --lora_base."""
 
 
@@ -233,6 +297,8 @@ def nbytes(kind: str, shape: torch.Size) -> int:
     """The bytes of a quantised matrix of this shape."""
     if kind == "int8":
         return shape.numel() + 4 * shape[0]
+    if kind == "fp8":
+        return shape.numel() + 4
     blocks = -(-shape.numel() // BLOCK)
     return (shape.numel() + 1) // 2 + blocks + 4 * -(-blocks // GROUP) + 4
 

@@ -211,7 +211,16 @@ def logits(p: Plan) -> Blocks:
 def dequantised(p: Plan) -> Blocks:
     """The largest quantised matrix, dense during a matmul; or, for DoRA's norms, in fp32."""
     norms = [4 * shape.numel() for shape in adapted(p) if p.dora and p.quantised]
-    return [(max([p.e * shape.numel() for shape in _quantised(p)] + norms, default=0), 1)]
+    sizes = [_of_product(p, shape) if p.quantised == "fp8" else p.e * shape.numel() for shape in _quantised(p)]
+    return [(max(sizes + norms, default=0), 1)]
+
+
+def _of_product(p: Plan, shape: torch.Size) -> int:
+    """Temporary bytes of a product in FP8: the matrix by columns, and the input in fp32 and 8 bits.
+    On a CPU, torch multiplies in fp32.
+    """
+    rounded = shape.numel() + 5 * p.tokens * max(shape)
+    return rounded if p.gpu else rounded + 4 * (shape.numel() + p.tokens * min(shape))
 
 
 def backward_workspace(p: Plan) -> Blocks:

@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def quantised(self) -> str:
-        """nf4 or int8, if the matrices of the blocks are quantised; else empty."""
+        """nf4, int8 or fp8, if the matrices of the blocks are quantised; else empty."""
         return self.base if self.lora and self.base in quant.KINDS else ""
 
     @property

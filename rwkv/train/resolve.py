@@ -20,7 +20,7 @@ from rwkv.train.data_source import with_vocabulary
 from rwkv.train.loop import cuda_graph
 from rwkv.train.run import Run
 from rwkv.train.runtime.ranks import Ranks
-from rwkv.train.runtime.trainer import precision_of, slow_on_gpu
+from rwkv.train.runtime.trainer import check_fp8, precision_of, slow_on_gpu
 
 HOPELESS = 10  # times the memory; predictions are off by less than 1.2, and swap is rarely larger
 
@@ -35,6 +35,7 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
     received = ranks.receive()
     c = stages.apply(flags) if received is None else dataclasses.replace(flags, **received)
     check(c)
+    check_fp8(c)
     c = with_vocabulary(c)
     before = resume_or_start.run_to_resume(c)
     c = _seed_and_precision(c, before)

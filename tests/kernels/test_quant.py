@@ -1,6 +1,7 @@
 """Quantised matrices: equal to bitsandbytes', to their formulas, and as the weight of a layer."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from rwkv import compat
 from rwkv.adapters.lora import LoRALinear
 from rwkv.kernels import load, quant
 from rwkv.kernels.linear import linear
-from rwkv.kernels.quant import NF4, Int8
+from rwkv.kernels.quant import FP8, NF4, Int8
 from tests.oracle import ask, digest, needs_oracle
 
+KINDS = [NF4, Int8, FP8] if compat.float8() else [NF4, Int8]
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(128, 256), (64, 70), (7, 9), (300, 1024)]  # whole blocks, not whole, odd; more than a group
 # of bitsandbytes 0.50.2 on a CPU, printed by PROGRAM: beginnings of the SHA-256 of dense matrices
@@ -128,7 +130,7 @@ def test_error_below_half_a_step(kind, step):
     assert 0 < relative[absmax[:, 0] > 0].max() < step * 1.05
 
 
-@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flush", [False, True])
 def test_zeros(kind, flush):
     """New models have such matrices; training flushes denormals."""
@@ -139,7 +141,7 @@ def test_zeros(kind, flush):
         torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantised_in_parts(kind, monkeypatch):
     x = matrices()["300 x 1024 torch.float32"]
     whole = kind(x)
@@ -177,7 +179,7 @@ def test_layer_equals_layer_of_dense_matrix(kind, dtype, adapted):
     assert 96 * 64 not in saved[0]
 
 
-@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_conversion_of_model_keeps_matrix(kind):
     matrix = kind(torch.randn(32, 64))
     before = matrix.dense(torch.float32)
@@ -186,3 +188,69 @@ def test_conversion_of_model_keeps_matrix(kind):
     assert not [*module.parameters(), *module.buffers()]
     assert not module.state_dict()
     assert module.to("meta")[0].device.type == "meta"
+
+
+fp8_only = pytest.mark.skipif(compat.float8() is None, reason="torch 1 has no float8")
+
+
+@fp8_only
+def test_fp8_is_the_nearest_number_of_e4m3():
+    """Against all numbers of the format: sign, 4 bits of exponent (bias 7), 3 of mantissa; no
+    infinity (arXiv:2209.05433, table 1).
+    """
+    normal = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+    numbers = torch.tensor([*(m / 8 * 2.0**-6 for m in range(8)), *normal], dtype=torch.float64)
+    assert float(numbers.max()) == 448
+    x = matrices()["300 x 1024 torch.float32"]
+    matrix = FP8(x)
+    assert float(matrix.scale) == float(x.abs().max() / 448)
+    scaled = x.double() / matrix.scale.double()
+    distance = (scaled.abs().clamp(max=448)[:8].reshape(-1, 1) - numbers).abs().amin(1)
+    found = (matrix.q[:8].double() - scaled[:8]).abs().view(-1)
+    # the quotient is rounded to fp32 first
+    torch.testing.assert_close(found, distance, rtol=0, atol=448 * 2.0**-24)
+
+
+@fp8_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_products(dtype):
+    """x Wᵀ and g W of the rounded numbers, computed in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = FP8(torch.randn(96, 64, generator=generator))
+    x = (torch.randn(2, 5, 64, generator=generator) * torch.logspace(-3, 3, 5)[:, None]).to(dtype).requires_grad_()
+    g = torch.randn(2, 5, 96, generator=generator).to(dtype)
+    y = linear(x, matrix)
+    y.backward(g)
+    assert y.dtype == x.grad.dtype == dtype
+
+    def rounded(t):
+        scale = t.detach().abs().amax(-1, keepdim=True).float() / 448
+        return (t.detach() / scale).to(matrix.q.dtype).double() * scale.double()
+
+    dense = matrix.dense(torch.float64)
+    for found, one, other in ((y, x, dense.t()), (x.grad, g, dense)):
+        sizes = rounded(one).abs() @ other.abs()  # of the sums' terms
+        error = (found.double() - rounded(one) @ other).abs()
+        # rounded to bf16 (2⁻⁹), to fp16 again (2⁻¹²); sums of up to 96 terms in fp32; underflow in
+        # fp16
+        assert (error <= 2.0**-8 * (rounded(one) @ other).abs() + 1e-5 * sizes + 1e-7).all()
+    # one rounding of inputs to 3 bits of mantissa, one of weights: each up to 2⁻⁴ of a term
+    exact = x.detach().double() @ dense.t()
+    assert ((y.double() - exact).abs() <= 0.1 * (x.detach().double().abs() @ dense.t().abs())).all()
+
+
+@fp8_only
+def test_fp8_of_sizes_that_gpus_do_not_multiply():
+    matrix, x = FP8(torch.randn(20, 24)), torch.randn(3, 24)
+    assert torch.equal(linear(x, matrix), x @ matrix.dense(torch.float32).t())
+
+
+@fp8_only
+def test_fp8_keeps_nan_and_zero():
+    """A NaN in one row does not reach others, and is not lost: --on_nan sees it."""
+    matrix, x = FP8(torch.randn(32, 16)), torch.randn(3, 16)
+    x[0, 3], x[1] = math.nan, 0
+    y = linear(x, matrix)
+    assert y[0].isnan().all()
+    assert not y[1].any()
+    assert y[2].isfinite().all()

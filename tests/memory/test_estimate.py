@@ -107,7 +107,7 @@ def test_predicted_peak_with_states_and_dora(kind, version, grad_cp):
     assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", "int8", *(["fp8"] if compat.float8() else [])])
 @pytest.mark.parametrize("sizes", [SMALL, SMALL_5, SMALL_6, SMALL_7], ids=["RWKV-4", "RWKV-5.2", "RWKV-6", "RWKV-7"])
 def test_weight_bytes_of_quantised_base(sizes, base):
     plan = Plan(sizes, parts=("att", "ffn"), r=4, precision="bf16", base=base)
@@ -120,6 +120,17 @@ def test_predicted_peak_of_dora_on_a_quantised_base():
     """Its norms need the dense matrix in fp32, also in bf16 runs."""
     shape = VERSIONS["4"].Sizes(2, 512, 512)
     plan = Plan(shape, base="nf4", grad_cp=True, ctx_len=32, gpu=False, parts=("att", "ffn"), dora=True)
+    measured, predicted = peaks(plan), estimate(plan).tensors
+    assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
+
+
+@pytest.mark.skipif(compat.float8() is None, reason="torch 1 has no float8")
+@pytest.mark.parametrize(("version", "precision", "grad_cp"), [("7", "fp32", True), ("4", "bf16", True)])
+def test_predicted_peak_of_fp8(version, precision, grad_cp):
+    """With the temporary tensors of its products, which on CPUs are in fp32."""
+    plan = Plan(
+        VERSIONS[version].Sizes(8, 256, 2048), base="fp8", precision=precision, grad_cp=grad_cp, ctx_len=256, gpu=False
+    )
     measured, predicted = peaks(plan), estimate(plan).tensors
     assert max(measured.values()) == pytest.approx(max(predicted.values()), rel=0.1)
 

@@ -1,4 +1,4 @@
-"""LoRA on a quantised base (--lora_base nf4, int8): against bf16, resuming, merging, errors."""
+"""LoRA on a base in nf4, int8 or fp8 (--lora_base): against bf16, resuming, merging, errors."""
 
 import ctypes
 import json
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv import checkpoint, merge
+from rwkv import checkpoint, compat, merge
 from rwkv.adapter_files import load_tuned
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
@@ -19,9 +19,10 @@ from rwkv.memory.estimate import estimate
 from rwkv.memory.plan import plan_of
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
-from rwkv.train.runtime import cpu
+from rwkv.train.runtime import cpu, trainer
 from tests.train.small_runs import TUNE, lines
 
+KINDS = ["int8", "nf4", "fp8"] if compat.float8() else ["int8", "nf4"]
 COMMON = {"ctx_len": 32, "micro_bsz": 8, "accelerator": "cpu", "precision": "fp32", "random_seed": 1, "magic_prime": -1}
 TUNED = {**COMMON, "lora_r": 8, "lora_parts": "att,ffn,ln,time", "lora_dropout": 0.0, "lr_init": 2e-3, "lr_final": 1e-3}
 
@@ -57,7 +58,7 @@ def trained(tmp_path_factory):
 def curves(trained, tmp_path_factory):
     """LoRA runs on the trained base, by --lora_base: results and losses of each step."""
     found = {}
-    for base in ("bf16", "int8", "nf4"):
+    for base in ("bf16", *KINDS):
         folder = tmp_path_factory.mktemp(base)
         flags = LoRAConfig(
             **TUNED, **trained, lora_base=base, epoch_steps=50, epoch_count=1, proj_dir=str(folder / "run")
@@ -67,7 +68,7 @@ def curves(trained, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("base", KINDS)
 def test_final_loss_within_a_percent_of_bf16(curves, base):
     (_, expected, reference), (_, found, losses) = curves["bf16"], curves[base]
     assert expected.last_loss < 0.8 * expected.first_loss
@@ -76,7 +77,7 @@ def test_final_loss_within_a_percent_of_bf16(curves, base):
     assert losses == pytest.approx(reference, rel=0.05)
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("base", KINDS)
 def test_resumes_bit_for_bit(trained, tmp_path, base):
     flags = {
         **TUNED,
@@ -124,7 +125,7 @@ def test_merges_into_original_weights(curves, trained, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", sorted(VERSIONS))
 def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, version, kind):
     base = make_base(version=version, n_embd=32)
@@ -134,6 +135,8 @@ def test_every_version_quantises_its_blocks(make_base, make_data, tmp_path, vers
     }
     found = {name for name, module in model.named_modules() if isinstance(module, quant.Quantised)}
     assert found == names - {"emb.weight", "head.weight"}
+    if kind == "fp8":  # which also rounds the inputs of its products
+        return
     # a base of the dequantised matrices trains the same steps, bit for bit
     tensors = checkpoint.read_tensors(base)
     for name in found:
@@ -196,6 +199,23 @@ def test_errors(trained, tmp_path):
         UserError, match="--lora_base nf4 is not supported with DeepSpeed .--strategy deepspeed_stage_2"
     ):
         fit(LoRAConfig(**flags, **trained, strategy="deepspeed_stage_2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp8_where_it_is_not_supported(trained, tmp_path, monkeypatch):
+    c = LoRAConfig(**{**TUNED, **trained}, lora_base="fp8", proj_dir=str(tmp_path / "run"))
+    with monkeypatch.context() as old:
+        old.setattr(compat, "float8", lambda: None)
+        with pytest.raises(UserError, match="fp8 needs the modern stack .STACK=modern.; here use --lora_base int8"):
+            fit(c)
+    monkeypatch.setattr(compat, "float8", lambda: torch.uint8)
+    monkeypatch.setattr(machine, "use_gpu", lambda accelerator: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9 - i, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
+    trainer.check_fp8(c)
+    with pytest.raises(UserError, match="needs GPUs since Hopper .compute capability 9.0., not card 1; use --lora"):
+        trainer.check_fp8(replace(c, devices=2))
     assert not (tmp_path / "run").exists()
 
 

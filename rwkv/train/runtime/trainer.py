@@ -8,6 +8,7 @@ import torch
 
 from rwkv import compat
 from rwkv.config import TrainConfig
+from rwkv.errors import UserError
 from rwkv.memory import machine
 from rwkv.train.run import Run
 from rwkv.train.runtime import cpu, fused_adam, strategy
@@ -43,6 +44,18 @@ def slow_on_gpu(c: TrainConfig, precision: str) -> str:
         f"note:  {torch.cuda.get_device_name(i)} does not support bf16, so --precision auto is fp32; --precision fp16 would be several times"
         " faster, but large activations may overflow"
     )
+
+
+def check_fp8(c: TrainConfig) -> None:
+    """Raise UserError if torch has no products in FP8 for the devices of a run that uses them."""
+    if not (c.adapter and c.adapter.lora_base == "fp8"):
+        return
+    instead = "use --lora_base int8, of the same size"
+    if compat.float8() is None:
+        raise UserError(f"--lora_base fp8 needs the modern stack (STACK=modern); here {instead}")
+    if machine.use_gpu(c.accelerator) and (lowest := min(_capabilities(c))) < (9, 0):
+        name = torch.cuda.get_device_name(_capabilities(c).index(lowest))
+        raise UserError(f"--lora_base fp8 needs GPUs since Hopper (compute capability 9.0), not {name}; {instead}")
 
 
 def _capabilities(c: TrainConfig) -> list[tuple[int, int]]:
