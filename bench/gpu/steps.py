@@ -36,6 +36,7 @@ from rwkv.models import RWKV
 from rwkv.models.version import named, published
 from rwkv.train.loop import optimizer
 from rwkv.train.loop.cuda_graph import GraphedBlocks
+from rwkv.train.runtime import fused_adam
 
 LARGEST = ("gemm", "cutlass", "nvjet", "cublas", "splitk", "gemv")  # in the names of matmul kernels
 
@@ -151,7 +152,10 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
             hidden = blocks(ids[:, :-1])
             loss = head_loss(hidden, model.head.weight, ids[:, 1:])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if hasattr(adam, "grad_scale"):  # torch's fused Adam
+            fused_adam.set_clip(adam, 1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
         return loss.detach()

@@ -219,15 +219,21 @@ void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p)
 // ---- loss ----
 
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient) {
-  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [N, V]; got ", logits.sizes());
+  TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && logits.stride(0) >= logits.size(1),
+              "logits must be [N, V] with contiguous rows; got ", logits.sizes(), " with strides ", logits.strides());
   const int64_t N = logits.size(0), V = logits.size(1);
   check(target, "target", at::kLong, {N});
   const int64_t* t = target.data_ptr<int64_t>();
   for (int64_t i = 0; i < N; i++)
     TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < V, "target ", t[i], " is outside the vocabulary of ", V);
   const Tensor stats = logits.new_empty({N, 3}, logits.options().dtype(at::kFloat));
-  const FusedLoss q{
-      V, logits.data_ptr(), reinterpret_cast<const long long*>(t), stats.data_ptr<float>(), float(l2wrap), gradient};
+  const FusedLoss q{V,
+                    logits.stride(0),
+                    logits.data_ptr(),
+                    reinterpret_cast<const long long*>(t),
+                    stats.data_ptr<float>(),
+                    float(l2wrap),
+                    gradient};
   const auto run = loops().loss[dtype(logits)];
   parallel_ranges(N, 1, [&](int64_t begin, int64_t end) {
     run(q, stats.new_empty({V + loops().block}).data_ptr<float>(), begin, end);

@@ -7,7 +7,8 @@
 // mix        one thread per 8 channels and slice of time: the previous token is still in registers.
 //            The gradient runs backward in time
 // loss       one block per row of logits: one pass for the maximum and the sum, one that replaces
-//            the logits by their gradient
+//            the logits by their gradient. Rows may be longer than the vocabulary; what is beyond it
+//            is neither read nor written
 // others     one thread per 8 elements
 //
 // No atomics, and every sum has a fixed order: results are bit-identical. The memory of a thread
@@ -76,14 +77,15 @@ WKV_FN void store_vec8(fp32* p, Vec8 x) {
   store_words(p + 4, high);
 }
 
-// Access to a tensor from element `at` on: W = FUSED_WIDTH elements if all rows are multiples of it
-// and 16-byte aligned, else single elements of a dtype known at run time. The latter is one kernel
+// Access to a tensor from element `at` on: W = FUSED_WIDTH elements if all rows start at multiples of
+// it and are 16-byte aligned, else single elements of a dtype known at run time. The latter is one kernel
 // for all dtypes, which saves compile time.
 template <class E> struct Vectorized {
   static constexpr int W = FUSED_WIDTH;
   WKV_MEMBER float one(const void* from, long long at) const { return load((const E*)from + at); }
   WKV_MEMBER Vec<W> get(const void* from, long long at) const { return load_vec8((const E*)from + at); }
   WKV_MEMBER void put(void* to, long long at, Vec<W> x) const { store_vec8((E*)to + at, x); }
+  WKV_MEMBER void put_one(void* to, long long at, float x) const { store((E*)to + at, x); }
   WKV_MEMBER float rounded(float x) const {
     E y;
     store(&y, x);
@@ -99,10 +101,11 @@ struct AnyDtype {
     return load((const fp16*)from + at);
   }
   WKV_MEMBER Vec<W> get(const void* from, long long at) const { return {{one(from, at)}}; }
-  WKV_MEMBER void put(void* to, long long at, Vec<W> x) const {
-    if (dtype == DTYPE_FP32) store((fp32*)to + at, x.x[0]);
-    else if (dtype == DTYPE_BF16) store((bf16*)to + at, x.x[0]);
-    else store((fp16*)to + at, x.x[0]);
+  WKV_MEMBER void put(void* to, long long at, Vec<W> x) const { put_one(to, at, x.x[0]); }
+  WKV_MEMBER void put_one(void* to, long long at, float x) const {
+    if (dtype == DTYPE_FP32) store((fp32*)to + at, x);
+    else if (dtype == DTYPE_BF16) store((bf16*)to + at, x);
+    else store((fp16*)to + at, x);
   }
   WKV_MEMBER float rounded(float x) const {
     if (dtype == DTYPE_FP32) return x;
@@ -369,18 +372,33 @@ template <class E> WKV_FN void dropout(const FusedEach& q, E io) {
 
 // ---- loss ----
 
+// W neighbouring logits, of which the first `left` belong to the row. The others are −∞ and not written.
+template <class E> WKV_FN Vec<E::W> get_logits(const void* from, long long at, long long left, E io) {
+  constexpr int W = E::W;
+  if (left >= W) return io.get(from, at);
+  Vec<W> x;
+  EACH x.x[i] = i < left ? io.one(from, at + i) : as_float(0xff800000u);
+  return x;
+}
+template <class E> WKV_FN void put_logits(void* to, long long at, long long left, Vec<E::W> x, E io) {
+  constexpr int W = E::W;
+  if (left >= W) return io.put(to, at, x);
+  EACH if (i < left) io.put_one(to, at + i, x.x[i]);
+}
+
 template <class E> WKV_FN void loss(const FusedLoss& q, E io) {
   constexpr int W = E::W;
   const long long step = (long long)block_size() * W;
   const float infinity = as_float(0x7f800000u);
-  const long long row = block_number(), at = row * q.V, target = q.target[row], mine = (long long)thread_number() * W;
+  const long long row = block_number(), at = row * q.stride, target = q.target[row],
+                  mine = (long long)thread_number() * W;
   const bool valid = target >= 0 && target < q.V;  // a kernel cannot raise: NaN instead
   const float at_target = valid ? io.one(q.logits, at + target) : as_float(0x7fc00000u);
   // Of this thread: the largest logit, its first index, and the sum of e^(logit − largest).
   float best = -infinity, sum = 0;
   long long argmax = q.V;
   for (long long c = mine; c < q.V; c += step) {
-    const Vec<W> x = io.get(q.logits, at + c);
+    const Vec<W> x = get_logits(q.logits, at + c, q.V - c, io);
     float most = best;
     EACH if (x.x[i] > most) {
       most = x.x[i];
@@ -401,13 +419,13 @@ template <class E> WKV_FN void loss(const FusedLoss& q, E io) {
   if (!q.gradient) return;
   // softmax, −1 at the target, and L2Wrap's term at the largest logit; rounded once
   for (long long c = mine; c < q.V; c += step) {
-    Vec<W> x = io.get(q.logits, at + c);
+    Vec<W> x = get_logits(q.logits, at + c, q.V - c, io);
     EACH {
       x.x[i] = wkv_exp(x.x[i] - top) * share;
       if (c + i == target) x.x[i] -= 1.0f;
       if (c + i == argmax) x.x[i] += top * q.l2wrap;
     }
-    io.put(q.logits, at + c, x);
+    put_logits(q.logits, at + c, q.V - c, x, io);
   }
 }
 

@@ -58,7 +58,7 @@ struct FusedGate {
 };
 
 struct FusedLoss {
-  long long V;
+  long long V, stride;      // stride: elements from a row to the next, at least V
   void* logits;             // [N, V], overwritten with the gradient
   const long long* target;  // [N]
   float* stats;             // [N, 3]: the largest logit, Σ e^(logit − largest), the logit at the target

@@ -253,7 +253,7 @@ template <class E> WKV_FN int64_t index_of(float top, const E* x_, int64_t V) {
 template <class E> void loss(const FusedLoss& q, float* exps, int64_t begin, int64_t end) {
   using O = E;
   for (int64_t row = begin; row < end; row++) {
-    E* x_ = static_cast<E*>(q.logits) + row * q.V;
+    E* x_ = static_cast<E*>(q.logits) + row * q.stride;
     Block best, sum = {};
     EACH_GROUP best.g[g] = wkv_float{} - __builtin_inff();
     EACH_BLOCK(0, q.V)

@@ -315,16 +315,17 @@ void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p,
 // ---- loss: NaN for a target outside the vocabulary, as checking on the host would synchronise ----
 
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient, int64_t device, int64_t stream) {
-  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [N, V]; got ", logits.sizes());
+  TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && logits.stride(0) >= logits.size(1),
+              "logits must be [N, V] with contiguous rows; got ", logits.sizes(), " with strides ", logits.strides());
   const int64_t N = logits.size(0);
   check(target, "target", logits, at::kLong, {N});
   const Tensor stats = logits.new_empty({N, 3}, logits.options().dtype(at::kFloat));
   FusedLoss q{};
-  q.V = logits.size(1), q.logits = logits.data_ptr(), q.target = static_cast<const long long*>(target.data_ptr()),
-  q.stats = fp32_ptr(stats);
+  q.V = logits.size(1), q.stride = logits.stride(0), q.logits = logits.data_ptr();
+  q.target = static_cast<const long long*>(target.data_ptr()), q.stats = fp32_ptr(stats);
   q.l2wrap = float(l2wrap), q.gradient = gradient, q.dtype = dtype(logits);
-  const bool vec = vectorized(q.V, {q.logits});
-  Launch{device, stream}.blocks(kernel_name("loss", q.dtype, q.dtype, vec), N, row_threads(q.V, vec), q);
+  const bool vec = vectorized(q.stride, {q.logits});
+  Launch{device, stream}.blocks(kernel_name("loss", q.dtype, q.dtype, vec), N, row_threads(q.stride, vec), q);
   return stats;
 }
 

@@ -14,18 +14,37 @@ L2WRAP = 1e-4  # upstream's factor
 # Size of a chunk's logits in fp32, by device type: 256 and 1024 tokens at V = 65536. On a GPU fewer
 # chunks need fewer launches; larger ones could overflow in fp16, which sums gradients of a chunk.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Elements of which the rows of logits are a multiple, by device type (docs/decisions/037)
+ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
 SLICE = 1 << 11  # vocabulary entries per matmul with oneDNN, to limit its copies (docs/decisions/002)
 
 
 def chunk_tokens(vocab: int, device: str) -> int:
     """Tokens per chunk for a vocabulary of this size on a device of this type."""
-    return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * vocab))
+    return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * row_length(vocab, device)))
+
+
+def row_length(vocab: int, device: str) -> int:
+    """Elements from a row of logits to the next: the vocabulary, rounded up on GPUs."""
+    multiple = ROW_MULTIPLE.get(device, 1)
+    return -(-vocab // multiple) * multiple
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """The vocabulary as one matmul, or as two, of which the first has a multiple of ROW_MULTIPLE
+    entries.
+    """
+    vocab = len(weight)
+    whole = vocab - vocab % ROW_MULTIPLE.get(weight.device.type, 1)
+    return [part for part in (slice(0, whole), slice(whole, vocab)) if part.start < part.stop]
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """x Wᵀ in `out` [n, V]."""
     if not uses_onednn(x, weight):
-        return torch.mm(x, weight.t(), out=out)
+        for part in _parts(weight):
+            torch.mm(x, weight[part].t(), out=out[:, part])
+        return out
     for begin in range(0, len(weight), SLICE):
         out[:, begin : begin + SLICE] = linear_forward(x, weight[begin : begin + SLICE])
     return out
@@ -34,7 +53,11 @@ def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 def _gradient(g: Tensor, weight: Tensor) -> Tensor:
     """g W."""
     if not uses_onednn(g, weight):
-        return g @ weight
+        *others, last = _parts(weight)  # the small part first, because its sum is rounded twice
+        total = g[:, last] @ weight[last]
+        for part in others:
+            total.addmm_(g[:, part], weight[part])
+        return total
     total = linear_grad_input(g[:, :SLICE], weight[:SLICE])
     for begin in range(SLICE, len(weight), SLICE):
         total += linear_grad_input(g[:, begin : begin + SLICE], weight[begin : begin + SLICE])
@@ -42,11 +65,12 @@ def _gradient(g: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_grad_weight(total: Tensor, g: Tensor, x: Tensor) -> None:
-    """total += gᵀ x, in one or two kernels. If dtypes are equal, nothing is allocated."""
-    if total.dtype == g.dtype:
-        total.addmm_(g.t(), x)
-    else:
-        total += linear_grad_weight(g, x)
+    """total += gᵀ x, in one or two kernels per part. If dtypes are equal, nothing is allocated."""
+    for part in _parts(total):
+        if total.dtype == g.dtype:
+            total[part].addmm_(g[:, part].t(), x)
+        else:
+            total[part].add_(linear_grad_weight(g[:, part], x))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -110,8 +134,9 @@ class _LogProbabilities(torch.autograd.Function):
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The logits x Wᵀ of consecutive tokens of x [n, D], which the next chunk overwrites."""
-    size = chunk_tokens(len(weight), x.device.type)
-    buffer = x.new_empty(min(size, len(x)), len(weight))
+    vocab, device = len(weight), x.device.type
+    size = chunk_tokens(vocab, device)
+    buffer = x.new_empty(min(size, len(x)), row_length(vocab, device))[:, :vocab]
     for begin in range(0, len(x), size):
         chunk = x[begin : begin + size]
         yield slice(begin, begin + len(chunk)), _logits(chunk, weight, buffer[: len(chunk)])

@@ -6,7 +6,7 @@ import torch
 
 from rwkv.adapters import lora
 from rwkv.kernels import adamw, quant
-from rwkv.kernels.head_loss import SLICE, chunk_tokens
+from rwkv.kernels.head_loss import SLICE, chunk_tokens, row_length
 from rwkv.memory.plan import Plan
 from rwkv.models import Sizes
 from rwkv.models.parts import layer_of
@@ -192,8 +192,9 @@ def outside_blocks(p: Plan) -> Blocks:
 def logits(p: Plan) -> Blocks:
     """Temporary tensors of the loss: a chunk of the logits, and the head's weight and gradient."""
     s, e = p.sizes, p.e
-    rows = min(chunk_tokens(s.vocab_size, "cuda" if p.gpu else "cpu"), p.tokens)
-    chunk, part = rows * s.vocab_size, min(s.vocab_size, SLICE)
+    device = "cuda" if p.gpu else "cpu"
+    rows = min(chunk_tokens(s.vocab_size, device), p.tokens)
+    chunk, part = rows * row_length(s.vocab_size, device), min(s.vocab_size, SLICE)
     blocks: Blocks = [(e * chunk, 1)]
     if p.matrix != e and not p.stage:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head's weight in the dtype of matmuls

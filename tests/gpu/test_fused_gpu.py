@@ -14,6 +14,7 @@ from rwkv.kernels.elementwise import native
 from rwkv.kernels.head_loss import head_loss
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
+from rwkv.train.runtime import fused_adam
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
@@ -131,7 +132,7 @@ def test_no_host_sync(step):
     model = RWKV(Sizes(2, 256, 1000, 256, 1024))
     model.initialise(1e-4)
     model.cuda()
-    adam = torch.optim.Adam(model.parameters(), fused=True)
+    adam = fused_adam.adam([{"params": list(model.parameters())}], False, True, False)
     tokens = torch.randint(1000, (2, 257)).pin_memory()
 
     def train_step():
@@ -140,7 +141,7 @@ def test_no_host_sync(step):
             hidden, _ = model.hidden(ids[:, :-1])
             loss = head_loss(hidden, model.head.weight, ids[:, 1:])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        fused_adam.set_clip(adam, 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
 

@@ -67,6 +67,22 @@ def test_loss_of_minus_infinity(gpu):
     )
 
 
+def test_loss_of_padded_rows_is_vectorised(gpu):
+    for vocab, length, name in ((50_277, 50_304, "bf16"), (50_277, 50_277, "any"), (61, 64, "bf16"), (61, 62, "any")):
+        logits = normal((3, length), torch.bfloat16, 0)[:, :vocab]
+        gpu.call("calls")
+        gpu.call("operation", "loss", logits, torch.tensor([0, 5, vocab - 1]), 0.0, True)
+        launches = [call.split()[1] for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
+        assert launches == [f"fused_loss_{name}"]
+
+
+def test_logits_with_overlapping_rows(gpu):
+    base = normal((10, 8), torch.bfloat16, 0)
+    for logits in (base.as_strided((3, 8), (4, 1)), base.t()):
+        with pytest.raises(RuntimeError, match="contiguous rows"):
+            gpu.call("operation", "loss", logits, torch.zeros(len(logits), dtype=torch.long), 0.0, False)
+
+
 def test_target_out_of_range_is_nan(gpu):
     for target in (-1, 64, 1 << 40):
         stats = gpu.call("operation", "loss", normal((2, 64), FP32, 0), torch.tensor([3, target]), 0.0, True)

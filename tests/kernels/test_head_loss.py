@@ -1,5 +1,7 @@
 """The chunked loss against a plain implementation."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv.kernels import head_loss as loss
 from rwkv.kernels import linear
+from rwkv.kernels.elementwise import native
 from rwkv.kernels.head_loss import head_loss, log_probabilities
 
 
@@ -111,10 +114,14 @@ class CallCounter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.calls = Counter()
+
+    @property
+    def count(self):
+        return self.calls.total()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
+        self.calls[function._schema.name] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -167,3 +174,74 @@ def test_log_probabilities_of_rows(monkeypatch, chunk_tokens):
     for ours, theirs in zip(gradients, torch.autograd.grad((expected * factors).sum(), exact), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     assert not gradients[0][~mask].any()
+
+
+PADDED = {"cpu": 64, "cuda": 64}  # as on GPUs
+TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES)
+@pytest.mark.parametrize("vocab", [61, 65, 128, 1000])
+def test_padded_rows(monkeypatch, vocab, dtype, weight_dtype, compiled):
+    """Rows of logits of a multiple of 64 elements, as on GPUs, with NaN beyond the vocabulary."""
+    length = -(-vocab // 64) * 64
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 7 * 4 * length})  # seven tokens of padded rows
+    monkeypatch.setattr(loss, "uses_onednn", lambda *_: False)
+    if not compiled:
+        monkeypatch.setattr(native, "_kernels", lambda *_: None)
+
+    def results():
+        torch.manual_seed(0)
+        x, weight = torch.randn(4, 5, 16, requires_grad=True), (torch.randn(vocab, 16) * 2).to(weight_dtype)
+        weight.requires_grad_()
+        targets, mask = torch.randint(vocab, (4, 5)), torch.rand(4, 5) < 0.8
+        targets[0, 0] = vocab - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = [head_loss(x, weight, targets, mask), log_probabilities(x, weight, targets, mask)]
+        gradients = [torch.autograd.grad(y.sum(), (x, weight)) for y in found]
+        return [*found, *(g for pair in gradients for g in pair)]
+
+    expected, empty = results(), torch.Tensor.new_empty
+    lengths = []
+
+    def filled(self, *sizes, **options):
+        made = empty(self, *sizes, **options)
+        if len(sizes) == 2:  # the logits
+            lengths.append(sizes[1])
+            made.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    monkeypatch.setattr(loss, "ROW_MULTIPLE", PADDED)
+    found = results()
+    assert set(lengths) == {length}
+    # The gradients of x are sums of one or two matmuls: fp32 in another order, or rounded to bf16
+    # once more. Gradients of bf16 weights are summed over chunks, of other lengths at 65, in bf16.
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours - plain).abs().max() <= 2 * rounding * plain.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_rows_are_not_copied(monkeypatch, dtype):
+    """A vocabulary that is no multiple of 64 takes one more matmul per product, and no copies."""
+    monkeypatch.setattr(loss, "uses_onednn", lambda *_: False)
+    monkeypatch.setattr(linear, "uses_onednn", lambda *_: False)
+    monkeypatch.setattr(loss, "ROW_MULTIPLE", PADDED)
+
+    def calls(vocab):
+        monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 4 * 192})  # four tokens: two chunks
+        x, weight = torch.randn(8, 6, dtype=dtype, requires_grad=True), torch.randn(vocab, 6, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), CallCounter() as mode:
+            head_loss(x, weight, torch.arange(8)).backward()
+        return mode.calls
+
+    whole, ragged = calls(192), calls(191)
+    views = {"aten::slice", "aten::alias", "aten::t"}
+    more = {name: ragged[name] - whole[name] for name in whole | ragged if name not in views}
+    # two chunks of x Wᵀ, g W and gᵀ x; in bf16 the last is added to a gradient in fp32
+    expected = {"aten::mm": 2, "aten::addmm_": 4}
+    if dtype == torch.bfloat16:
+        expected = {"aten::mm": 4, "aten::addmm_": 2, "aten::add_": 2}
+    assert {name: n for name, n in more.items() if n} == expected

@@ -143,11 +143,15 @@ def loss(dtype, vocab, seed, device="cpu"):
     gradient = exact.grad.scatter_add(
         1, (logits == top.values).int().argmax(1, keepdim=True), top.values * 1e-4
     )  # the first maximum
-    buffer = logits.to(device, copy=True)
-    close(native.cross_entropy_(buffer, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
-    assert torch.equal(buffer.cpu(), logits)
-    native.cross_entropy_(buffer, targets.to(device), 1e-4, True)
-    close(buffer, gradient)
+    for length in (vocab, -(-vocab // 64) * 64):  # of the rows; what is beyond the vocabulary stays as it is
+        rows = torch.full((5, length), float("nan"), dtype=dtype, device=device)
+        buffer = rows[:, :vocab]
+        buffer.copy_(logits)
+        close(native.cross_entropy_(buffer, targets.to(device), 1e-4, False).view(1), expected.detach().view(1))
+        assert torch.equal(buffer.cpu(), logits)
+        native.cross_entropy_(buffer, targets.to(device), 1e-4, True)
+        close(buffer, gradient)
+        assert rows[:, vocab:].isnan().all()
 
 
 def not_finite(device="cpu"):

@@ -373,7 +373,8 @@ def dropout_add_(y: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, l2wrap: float, want_gradient: bool) -> Tensor:
-    """The summed cross-entropy of logits [N, V] at targets [N], scalar fp32.
+    """The summed cross-entropy of logits [N, V] at targets [N], scalar fp32. Rows are contiguous,
+    but there may be other elements between them.
 
     With `want_gradient` the logits are overwritten with its gradient, plus l2wrap · max at each
     token's largest logit (the first one in case of ties).

@@ -18,7 +18,7 @@ from rwkv.train.loop.cuda_graph import GraphedBlocks
 from rwkv.train.loop.optimizer import skip_step_unless_finite
 from rwkv.train.objectives import choose
 from rwkv.train.objectives.objective import Loss
-from rwkv.train.runtime import ranks, strategy
+from rwkv.train.runtime import fused_adam, ranks, strategy
 from rwkv.train.runtime.lightning import pl
 
 
@@ -121,13 +121,16 @@ class TrainingModule(pl.LightningModule):
         if strategy.zero(self.config):  # DeepSpeed clips
             return
         gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if isinstance(fused := self.trainer.optimizers[0], adam.FusedAdam):
+        limit = self.config.grad_clip or math.inf
+        if isinstance(own := self.trainer.optimizers[0], adam.FusedAdam):
             self.grad_norm = adam.total_norm([p.grad for p in gradients])
-            fused.clip = float(torch.clamp((self.config.grad_clip or math.inf) / (self.grad_norm + 1e-6), max=1))
-        elif isinstance(fused, AdamW8bit):
-            self.grad_norm = fused.set_clip(self.config.grad_clip or math.inf)
+            own.clip = float(torch.clamp(limit / (self.grad_norm + 1e-6), max=1))
+        elif isinstance(own, AdamW8bit):
+            self.grad_norm = own.set_clip(limit)
+        elif hasattr(own, "grad_scale") and self.config.precision != "fp16":  # which has a GradScaler
+            self.grad_norm = fused_adam.set_clip(own, limit)
         else:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self.config.grad_clip or math.inf).detach()
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, limit).detach()
         # gradients have been all-reduced: every rank decides the same
         if self.config.on_nan == "skip" and self.grad_norm is not None:
             skip_step_unless_finite(optimizer, gradients, self.grad_norm)

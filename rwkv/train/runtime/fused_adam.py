@@ -13,10 +13,11 @@ def adam(
 ) -> torch.optim.Optimizer:
     """torch's Adam, or AdamW if decoupled; fused if `fused` is set and all parameters are on GPUs.
 
-    The fused optimizer has an attribute found_inf: None, or an fp32 tensor with one element. If it
-    is 1, a step changes neither the weights nor the optimizer state, without a synchronisation with
-    the host. DeepSpeed checks the optimizer's class and gets torch's own; as torch 1.13.1 has no
-    fused AdamW, that one uses foreach.
+    The fused optimizer has two attributes, each None or an fp32 tensor with one element, which
+    apply to all steps until changed, without a synchronisation with the host: if found_inf is 1, a
+    step changes neither the weights nor the optimizer state; gradients are divided by grad_scale.
+    DeepSpeed checks the optimizer's class and gets torch's own, where grad_scale has no effect on
+    torch 1.13.1; as that has no fused AdamW, AdamW uses foreach there.
     """
     # torch 1.13.1's stubs have neither foreach nor fused
     kind: Any = torch.optim.AdamW if decoupled else torch.optim.Adam
@@ -29,7 +30,7 @@ def adam(
         return kind(groups, foreach=True, **options)
     else:
         optimizer = kind(groups, fused=True, **options)
-    optimizer.found_inf = None
+    optimizer.found_inf = optimizer.grad_scale = None
     # Lightning rejects gradient clipping with optimizers that unscale fp16 gradients themselves;
     # here they are unscaled before the step.
     optimizer._step_supports_amp_scaling = False
@@ -50,12 +51,41 @@ def like_step(number: torch.Tensor) -> torch.Tensor:
     return number.reshape(1 if compat.stack() == "cu117" else ())
 
 
+def set_clip(optimizer: Any, limit: float) -> torch.Tensor:
+    """Clip the gradients of the next step, within the step, to a norm of `limit`: as
+    torch.nn.utils.clip_grad_norm_, which reads and writes all gradients before the step.
+
+    The step divides gradients by max(1, (norm + 1e-6) / limit); clip_grad_norm_ multiplies them by
+    the reciprocal, which may differ in the last bit. If the norm is NaN, so are all gradients.
+
+    Args:
+        optimizer: a fused one of `adam`, not that of DeepSpeed.
+        limit: the greatest norm; Inf: no clipping.
+
+    Returns:
+        The norm of all gradients before clipping, a scalar.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = _total_norm(gradients)
+    optimizer.grad_scale = like_step(torch.clamp((norm.float() + 1e-6) / limit, min=1))
+    return norm
+
+
+def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm as torch.nn.utils.clip_grad_norm_ computes it."""
+    newer: Any = torch.nn.utils  # the stubs are those of 1.13.1
+    if compat.stack() != "cu117":
+        return newer.get_total_norm(gradients)
+    return torch.norm(torch.stack([torch.norm(g) for g in gradients])) if gradients else torch.tensor(0.0)
+
+
 class _FusedAdam(torch.optim.Adam):
-    """torch 1.13.1's fused Adam, extended by decoupled weight decay and by found_inf without a
-    GradScaler.
+    """torch 1.13.1's fused Adam, extended by decoupled weight decay and by found_inf and grad_scale
+    without a GradScaler.
     """
 
     found_inf: Any = None  # or a tensor with one element
+    grad_scale: Any = None
 
     def __init__(self, groups: list[dict[str, Any]], decoupled: bool, **options: Any):
         super().__init__(groups, **options)
@@ -66,13 +96,14 @@ class _FusedAdam(torch.optim.Adam):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()  # may set found_inf
+                loss = closure()  # may set found_inf and grad_scale
         decays = [group["weight_decay"] for group in self.param_groups]
         if self.decoupled:
             for group in self.param_groups:
                 self._decay(group)
         try:
-            super().step(grad_scaler=None if self.found_inf is None else self)  # type: ignore[call-arg]  # not in its stubs
+            scaler = None if self.found_inf is None and self.grad_scale is None else self
+            super().step(grad_scaler=scaler)  # type: ignore[call-arg]  # not in its stubs
         finally:
             for group, decay in zip(self.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
@@ -85,12 +116,13 @@ class _FusedAdam(torch.optim.Adam):
             if factor and parameter.grad is not None:
                 parameter.mul_(1 - factor if self.found_inf is None else 1 - factor * (1 - self.found_inf))
 
-    # The part of GradScaler's interface that Adam uses. Gradients are already unscaled.
+    # The part of GradScaler's interface that Adam uses; it needs both tensors.
     def _get_scale_async(self) -> torch.Tensor:
-        return torch.ones_like(self.found_inf)
+        return torch.ones_like(self.found_inf) if self.grad_scale is None else self.grad_scale
 
     def _check_inf_per_device(self, _: Any) -> dict[torch.device, torch.Tensor]:
-        return {self.found_inf.device: self.found_inf}
+        found = torch.zeros_like(self.grad_scale) if self.found_inf is None else self.found_inf
+        return {found.device: found}
 
 
 def grad_scaler() -> Any:
