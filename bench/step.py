@@ -2,7 +2,7 @@
 
     python bench/step.py [--version 4|5.2|6|7] [--sizes 12,768,65536] [--ctx_len 512]
         [--micro_bsz 1] [--rounds 5] [--free_loss 0] [--kinds lora,full] [--precisions fp32,bf16]
-        [--ours] [--profile]
+        [--ours] [--bf16_copies] [--profile]
 
 Every contender runs in its own process, and they alternate step by step, so that other load affects
 all of them. Same random weights, tokens and targets; LoRA r 8 on key, value and receptance of att
@@ -20,6 +20,7 @@ loop; with --free_loss 1 it is freed before, as in Lightning. On a CPU this redu
 
 `matmuls` is a loop over exactly the matmuls of our step, with the same shapes, dtype and library;
 `torch matmuls` runs them with torch's `@`, in a process without our CPU settings, like `theirs`.
+`ours, copies` (--bf16_copies, full tuning) is `ours` with the trainer's --bf16_copies 1.
 On a GPU, also model FLOPs utilisation relative to --peak_tflops, and NVML's memory.
 """
 
@@ -41,7 +42,7 @@ from rwkv import checkpoint
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
 from rwkv.kernels.head_loss import SLICE, chunk_tokens, head_loss
-from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, uses_onednn
+from rwkv.kernels.linear import Matrix, linear_forward, linear_grad_input, linear_grad_weight, uses_onednn
 from rwkv.train.loop import optimizer
 from rwkv.train.runtime import cpu
 
@@ -78,8 +79,8 @@ def theirs(c: argparse.Namespace):
     return step
 
 
-def ours(c: argparse.Namespace):
-    """A step like rwkv.train's."""
+def ours(c: argparse.Namespace, copies: bool = False):
+    """A step like rwkv.train's; `copies`: with --bf16_copies 1."""
     dtype = DTYPES[c.precision]
     ids = tokens(c)
     c.libraries = resident(c)
@@ -90,7 +91,10 @@ def ours(c: argparse.Namespace):
         lora.inject(model, ["att"], R, ALPHA, DROPOUT)
         lora.mark_trainable(model, ["att"])
         lora.store_frozen(model, dtype)
-    adam, loss = optimizer.make(model, TrainConfig(lr_init=1e-4)), None
+    for layer in model.modules():
+        if copies and isinstance(layer, Matrix):
+            layer.keep_bf16_copy()
+    adam, loss = optimizer.make(model, TrainConfig(lr_init=1e-4, bf16_copies=int(copies))), None
 
     def step() -> float:
         nonlocal loss
@@ -159,6 +163,7 @@ def matmuls_alone(c: argparse.Namespace, plain: bool = False):
 
 STEPS = {
     "ours": ours,
+    "ours, copies": lambda c: ours(c, copies=True),
     "theirs": theirs,
     "matmuls": matmuls_alone,
     "torch matmuls": lambda c: matmuls_alone(c, plain=True),
@@ -291,6 +296,8 @@ def compare(c: argparse.Namespace) -> list[Contender]:
         for kind in c.kinds.split(","):
             peer = ["theirs"] if c.version in step_models.THEIRS else []
             names = ["ours"] if c.ours else ["ours", "matmuls", "torch matmuls", *peer]
+            if c.bf16_copies and kind == "full":
+                names.insert(1, "ours, copies")
             group = [Contender(c, name, kind, precision) for precision in c.precisions.split(",") for name in names]
             for _ in range(c.rounds):
                 for contender in group:
@@ -322,6 +329,13 @@ def print_table(c: argparse.Namespace, contenders: list[Contender]) -> None:
             f"{x.kind:5} {x.precision:6} {x.name:15} {count / best:9.1f} {count / median:9.1f} {best:9.3f} {flops / best / 1e9:8.0f}"
             f" {x.memory:8.2f} {x.libraries:10.2f}  {x.loss:.4f}{gpu}"
         )
+    for (kind, precision, name), x in found.items():
+        if name == "ours, copies":
+            plain = found[kind, precision, "ours"]
+            ratio = statistics.median(one / other for one, other in zip(x.timed, plain.timed, strict=True))
+            print(
+                f"{kind} {precision}: with copies {ratio:.3f} of the time of a step (median of pairs), losses differ by {abs(x.loss - plain.loss):.1e}"
+            )
     for kind, precision in dict.fromkeys((k, p) for k, p, name in found if name == "matmuls"):
         ours, theirs, matmuls, torch_matmuls = (
             found.get((kind, precision, name)) for name in ("ours", "theirs", "matmuls", "torch matmuls")
@@ -356,6 +370,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="lora,full")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--ours", action="store_true", help="run only our implementation")
+    parser.add_argument("--bf16_copies", action="store_true", help="also run ours with the trainer's --bf16_copies 1")
     parser.add_argument("--profile", action="store_true", help="print the operators of our step, and the share of WKV")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="peak of the GPU in bf16 (default: H100)")

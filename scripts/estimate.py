@@ -17,7 +17,7 @@ from rwkv.errors import UserError
 
 COLUMNS = (
     *("load_model", "model", "n_layer", "n_embd", "vocab_size", "dim_att", "head_size", "dim_ffn"),
-    *("method", "optimizer", "release_grads", "ctx_len", "micro_bsz", "card", "json"),
+    *("method", "optimizer", "release_grads", "bf16_copies", "ctx_len", "micro_bsz", "card", "json"),
 )
 """Flags that have no effect on the table of --gpu, or are its columns."""
 
@@ -65,6 +65,8 @@ def check(c: EstimateConfig) -> None:
         "--release_grads 1 needs --optimizer adamw8bit": c.release_grads and c.optimizer != "adamw8bit",
         "--release_grads 1 needs one device and --accumulate_grad_batches 1": c.release_grads
         and (c.devices * c.num_nodes > 1 or c.strategy != "auto" or c.accumulate_grad_batches > 1),
+        "--bf16_copies 1 needs --method full, --optimizer adam, --precision bf16 and no DeepSpeed": c.bf16_copies
+        and (lora or c.optimizer != "adam" or c.precision != "bf16" or sharded),
     }
     if reason := next((reason for reason, applies in wrong.items() if applies), None):
         raise UserError(f"{reason}, as in training")

@@ -102,7 +102,7 @@ TORCH_LIBRARY(rwkv, library) {
   library.def("nf4_quantise(Tensor x, Tensor thresholds, Tensor(a!) packed) -> Tensor", cpu::nf4_quantise);
   library.def(
       "adam(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float step, float rate, float beta1, float beta2, "
-      "float eps, float decay, bool decoupled, float clip) -> ()",
+      "float eps, float decay, bool decoupled, float clip, Tensor(d!)? copy=None) -> ()",
       cpu::adam);
   library.def("cpu_vectors(str limit) -> str", choose_cpu_width);
   library.def("cuda_load(int device, str path) -> ()", launcher::load);

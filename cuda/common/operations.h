@@ -64,7 +64,8 @@ Tensor dropout(const Tensor& x, const Tensor& seed, double p);
 void dropout_add(const Tensor& y, const Tensor& x, const Tensor& seed, double p);
 Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool gradient);
 void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1,
-          double beta2, double eps, double decay, bool decoupled, double clip);  // CPU only
+          double beta2, double eps, double decay, bool decoupled, double clip,
+          const Optional<Tensor>& copy);  // CPU only
 
 Tensor nf4_dense(const Tensor& packed, const Tensor& levels, const Tensor& absmax, const Tensor& absmax_levels,
                  const Tensor& group_absmax, const Tensor& offset, at::IntArrayRef sizes, at::ScalarType dtype);

@@ -244,15 +244,17 @@ Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool grad
 // ---- Adam ----
 
 void adam(const Tensor& p, const Tensor& g, const Tensor& m, const Tensor& v, double step, double rate, double beta1,
-          double beta2, double eps, double decay, bool decoupled, double clip) {
+          double beta2, double eps, double decay, bool decoupled, double clip, const Optional<Tensor>& copy) {
   const std::pair<const Tensor*, const char*> all[] = {
       {&p, "the weight"}, {&g, "the gradient"}, {&m, "exp_avg"}, {&v, "exp_avg_sq"}};
   for (const auto& x : all) check(*x.first, x.second, at::kFloat, p.sizes());
+  if (or_null(copy)) check(*or_null(copy), "the copy", at::kBFloat16, p.sizes());
   TORCH_CHECK(step >= 1, "Adam steps count from 1; got ", step);
   const FusedAdam q{p.data_ptr<float>(),
                     m.data_ptr<float>(),
                     v.data_ptr<float>(),
                     g.data_ptr<float>(),
+                    static_cast<unsigned short*>(data(or_null(copy))),
                     float(clip),
                     decoupled ? 0.0f : float(decay),
                     decoupled ? float(1 - rate * decay) : 1.0f,

@@ -72,6 +72,7 @@ struct FusedLoss {
 struct FusedAdam {
   float *p, *m, *v;  // parameters and moments, updated
   const float* g;
+  unsigned short* copy;  // p rounded to bf16, or null
   float clip, l2, decay_factor, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps;
 };
 

@@ -240,6 +240,9 @@ class EstimateConfig:
     release_grads: Literal[0, 1] = 0
     """1: with adamw8bit, each gradient is used and freed in the backward pass, so that they are
     never all in memory; not with accumulation or grad_clip."""
+    bf16_copies: Literal[0, 1] = 0
+    """1: full tuning in bf16 with adam keeps a bf16 copy of the matrices of linear layers and head
+    beside their fp32 weights: 2 more bytes per parameter of these matrices."""
     ctx_len: int = 1024
     """Context length: tokens per sample."""
     micro_bsz: int = 12

@@ -214,6 +214,12 @@ class Optimizer:
     """1: with adamw8bit, update each parameter in the backward pass and free its gradient: 4 bytes
     per parameter (6 of an adapter). Without clipping (grad_clip 0), accumulation, several devices
     or on_nan skip, which need all gradients."""
+    bf16_copies: Literal[0, 1] = 0
+    """1: training all weights in bf16, keep a bf16 copy of the matrices of linear layers and head
+    beside their fp32 weights; the optimizer's step writes it. 0: every forward and backward pass
+    casts them again. Losses and weights are the same bit for bit. The fewer tokens a batch has, the
+    more time it saves; it takes 2 bytes per parameter of these matrices. Only with adam; not with
+    DeepSpeed or a CUDA graph. Checkpoints do not contain it; may change when a run is resumed."""
     beta1: float = 0.9
     """Adam's β₁: decay of the running mean of gradients."""
     beta2: float = 0.99

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rwkv.kernels import bf16_copy
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, rows, uses_onednn
 
@@ -82,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
         want_x, want_weight = ctx.needs_input_grad[:2]
         gx = torch.empty_like(x) if want_x else None
         gweight = torch.zeros_like(weight) if want_weight else None
-        computed = weight.to(x.dtype)
+        computed = bf16_copy.cached(weight, x.dtype).to(x.dtype)
         for part, logits in _chunks(x, computed):
             loss += native.cross_entropy_(logits, targets[part], L2WRAP, want_x or want_weight)
             if gx is not None:
@@ -109,7 +110,7 @@ class _LogProbabilities(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         ctx.save_for_backward(x, weight, targets)
         found = torch.empty(len(targets), device=x.device, dtype=torch.float32)
-        computed = weight.to(x.dtype)
+        computed = bf16_copy.cached(weight, x.dtype).to(x.dtype)
         for part, logits in _chunks(x, computed):
             found[part] = native.log_probabilities_(logits, targets[part], 0.0, False)
         return found
@@ -121,7 +122,7 @@ class _LogProbabilities(torch.autograd.Function):
         want_x, want_weight = ctx.needs_input_grad[:2]
         gx = torch.empty_like(x) if want_x else None
         gweight = torch.zeros_like(weight) if want_weight else None
-        computed, g = weight.to(x.dtype), -g[:, None]  # of the cross-entropy
+        computed, g = bf16_copy.cached(weight, x.dtype).to(x.dtype), -g[:, None]  # of the cross-entropy
         for part, logits in _chunks(x, computed):
             native.log_probabilities_(logits, targets[part], 0.0, True)
             # weighted where there are D elements per token, not V

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv import compat
+from rwkv.kernels import bf16_copy
 from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
 from rwkv.kernels.quant import FP8, Quantised
 
@@ -71,7 +72,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, recompute):
         trained = ctx.needs_input_grad[1]
-        ctx.recompute, ctx.quantised = recompute.function, quantised(weight)
+        ctx.recompute, ctx.quantised, ctx.dtype = recompute.function, quantised(weight), weight.dtype
+        weight = weight if ctx.quantised else bf16_copy.cached(weight, x.dtype)
         ctx.save_for_backward(None if ctx.quantised else weight, *(recompute.inputs if trained else ()))
         return linear_forward(rows(x), weight).view(*x.shape[:-1], -1)
 
@@ -83,7 +85,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = linear_grad_input(flat, weight).view(*g.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            gw = linear_grad_weight(flat, rows(ctx.recompute(*inputs))).to(weight.dtype)
+            gw = linear_grad_weight(flat, rows(ctx.recompute(*inputs))).to(ctx.dtype)
         return gx, gw, None
 
 
@@ -111,6 +113,10 @@ class Matrix(nn.Linear):
         """Use a frozen, quantised matrix instead of the parameter."""
         del self.weight
         self.weight = weight  # type: ignore[assignment]  # a submodule of the same name
+
+    def keep_bf16_copy(self) -> None:
+        """Keep a copy of the weight for matmuls in bf16 (rwkv.kernels.bf16_copy)."""
+        bf16_copy.keep(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""

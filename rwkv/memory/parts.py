@@ -104,11 +104,16 @@ def weights(p: Plan) -> float:
     if p.stage:
         return p.e * (everything + adapters) / (p.devices if p.stage == 3 else 1)
     if not p.lora:
-        return 4.0 * everything - _saved_by_bf16(p)
+        return 4.0 * everything - _saved_by_bf16(p) + _copies(p)
     frozen = sum(shape.numel() for shape in [*dense, *_frozen_low_rank(p.sizes, p.parts)])
     small = _quantised(p)
     weights = p.frozen * (frozen - sum(shape.numel() for shape in small)) + 4 * (everything - frozen + adapters)
     return weights + sum(quant.nbytes(p.quantised, shape) for shape in small)
+
+
+def _copies(p: Plan) -> int:
+    """Bytes of the bf16 copies of linear layers and head."""
+    return 2 * sum(shape.numel() for name, shape in matrices(p.sizes).items() if p.copied and name != "emb")
 
 
 def _saved_by_bf16(p: Plan) -> int:
@@ -196,7 +201,7 @@ def logits(p: Plan) -> Blocks:
     rows = min(chunk_tokens(s.vocab_size, device), p.tokens)
     chunk, part = rows * row_length(s.vocab_size, device), min(s.vocab_size, SLICE)
     blocks: Blocks = [(e * chunk, 1)]
-    if p.matrix != e and not p.stage:
+    if p.matrix != e and not p.stage and not p.copied:
         blocks += [(e * s.vocab_size * s.n_embd, 1)]  # the head's weight in the dtype of matmuls
     if e == 4 and not p.gpu:
         blocks += [(4 * part * rows, 1)]  # oneDNN's output buffer

@@ -25,6 +25,7 @@ class Plan:
         base: dtype of frozen matrices, as --lora_base.
         devices: number of devices on all machines; `per_node`: on one machine.
         gpu: whether they are GPUs.
+        bf16_copies: whether trained matrices have copies in bf16 (--bf16_copies).
         graph: whether the blocks run from a CUDA graph (--cuda_graph), whose memory is never freed.
         process: bytes of a process without a model (see PROCESS).
         encoder: bytes of the tokenizer that encodes the questions of --sample_ask.
@@ -43,6 +44,7 @@ class Plan:
     base: str = "auto"
     optimizer: str = "adam"
     release_grads: bool = False
+    bf16_copies: bool = False
     strategy: str = "auto"
     devices: int = 1
     per_node: int = 1
@@ -67,6 +69,12 @@ class Plan:
     def matrix(self) -> int:
         """Bytes per element of a matrix that is not quantised, without DeepSpeed."""
         return self.frozen if self.lora else 2 if self.optimizer == "adamw8bit" else 4
+
+    @property
+    def copied(self) -> bool:
+        """Whether matmuls read bf16 copies of fp32 matrices."""
+        trained_in_fp32 = not self.lora and not self.stage and self.optimizer == "adam"
+        return self.bf16_copies and trained_in_fp32 and self.precision == "bf16"
 
     @property
     def quantised(self) -> str:
@@ -108,6 +116,7 @@ def plan_of(c: TrainConfig | EstimateConfig, sizes: Sizes, gpu: bool, precision:
         grad_cp=bool(c.grad_cp),
         optimizer="adam" if c.optimizer == "auto" else c.optimizer,
         release_grads=bool(c.release_grads),
+        bf16_copies=bool(c.bf16_copies),
         strategy=c.strategy,
         devices=c.devices * c.num_nodes,
         per_node=c.devices,

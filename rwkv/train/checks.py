@@ -113,6 +113,7 @@ def check(c: TrainConfig) -> None:
         )
     check_adamw8bit(c)
     check_muon(c)
+    check_bf16_copies(c)
     if c.optimizer == "adafactor" and strategy.zero(c):
         raise UserError(
             f"--optimizer adafactor with --strategy {c.strategy}: Adafactor needs 2-D parameters, and ZeRO flattens them; use --optimizer adam, or a strategy without DeepSpeed"
@@ -195,3 +196,20 @@ def check_muon(c: TrainConfig) -> None:
             f"--optimizer muon is not supported with DeepSpeed (--strategy {c.strategy}), which flattens and shards matrices; use --strategy auto"
             " or ddp, or --optimizer adam"
         )
+
+
+def check_bf16_copies(c: TrainConfig) -> None:
+    """Raise UserError for flags that are incompatible with --bf16_copies; precision and optimizer
+    may still be auto.
+    """
+    if not c.bf16_copies:
+        return
+    wrong = {
+        f"{c.trains} has frozen matrices, which are stored in bf16 anyway": bool(c.adapter),
+        f"with --strategy {c.strategy} DeepSpeed keeps bf16 weights beside fp32 ones anyway": bool(strategy.zero(c)),
+        "with --optimizer adamw8bit the matrices are bf16 anyway": c.optimizer == "adamw8bit",
+        f"--optimizer {c.optimizer} does not write them; use adam": c.optimizer in ("muon", "adafactor"),
+        f"matmuls in {c.precision} do not read them; use --precision bf16": c.precision not in ("auto", "bf16"),
+    }
+    if reason := next((reason for reason, applies in wrong.items() if applies), None):
+        raise UserError(f"--bf16_copies 1: {reason}, or omit --bf16_copies")

@@ -83,7 +83,8 @@ def types(c: TrainConfig, model: RWKV) -> str:
     )
     inputs = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     trained = "/".join(stored[True])
-    weights = f"trained weights {trained} (they are the master weights), gradients {trained}, Adam's moments {trained}"
+    copies = ", bfloat16 copies of matrices" if c.bf16_copies else ""
+    weights = f"trained weights {trained} (they are the master weights){copies}, gradients {trained}, Adam's moments {trained}"
     if c.optimizer == "adamw8bit" and c.adapter:
         weights = (
             f"trained weights {trained} (they are the master weights), gradients {trained}, AdamW's moments 8-bit, of small tensors"

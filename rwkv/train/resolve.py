@@ -14,7 +14,7 @@ from rwkv.memory.plan import plan_of
 from rwkv.models import Sizes
 from rwkv.models.version import version_of
 from rwkv.train import resume_or_start, setup, stages
-from rwkv.train.checks import check
+from rwkv.train.checks import check, check_bf16_copies
 from rwkv.train.console import say
 from rwkv.train.data_source import with_vocabulary
 from rwkv.train.loop import cuda_graph
@@ -46,6 +46,8 @@ def resolve(flags: TrainConfig, ranks: Ranks) -> Run:
         c = _auto(c, sizes, on_gpu, before)
     if c.optimizer == "auto":
         c = dataclasses.replace(c, optimizer="adam")
+    if c.my_pile_stage != 1:
+        check_bf16_copies(c)  # with the precision that auto has become
     if received is None:
         c = _with_cuda_graph(c, sizes, on_gpu)
     _check_memory(c, sizes, on_gpu)

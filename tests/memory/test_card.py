@@ -59,6 +59,7 @@ CONTRADICTIONS = [
     ({"gpu": "8", "json": True}, "omit --json"),
     ({"table": True, "json": True}, "--table prints a table of all published sizes and methods: omit --json"),
     ({"optimizer": "muon"}, "--optimizer muon is for --method full, as in training"),
+    ({"bf16_copies": 1}, "--bf16_copies 1 needs --method full, --optimizer adam, --precision bf16 and no DeepSpeed"),
     ({"method": "full", "optimizer": "adafactor", "strategy": "deepspeed_stage_2"}, "adafactor is not supported with"),
     ({"lora_base": "nf4", "strategy": "deepspeed_stage_3"}, "--lora_base nf4 is not supported with --strategy"),
     ({"method": "full", "release_grads": 1}, "--release_grads 1 needs --optimizer adamw8bit"),

@@ -15,6 +15,7 @@ from rwkv.adapters import lora
 from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
+from rwkv.kernels.linear import Matrix
 from rwkv.memory.estimate import estimate
 from rwkv.memory.parts import saved_bytes, total, trained
 from rwkv.memory.plan import ENCODER, Plan, plan_of
@@ -47,6 +48,9 @@ def build(p: Plan) -> RWKV:
         for name, parameter in model.named_parameters():
             if lora.is_matrix(name, parameter.shape):
                 parameter.data = parameter.data.bfloat16()
+    for layer in model.modules():
+        if p.bf16_copies and isinstance(layer, Matrix):
+            layer.keep_bf16_copy()
     return model
 
 

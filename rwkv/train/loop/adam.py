@@ -7,7 +7,7 @@ temporary tensors per parameter.
 import torch
 from torch import Tensor
 
-from rwkv.kernels import load
+from rwkv.kernels import bf16_copy, load
 from rwkv.train.loop.closure import evaluate
 from rwkv.train.runtime import fused_adam
 
@@ -25,7 +25,7 @@ def supports(groups: list[dict]) -> bool:
 
 class FusedAdam(torch.optim.Adam):
     """torch's Adam (AdamW if `decoupled`) with the same state; updates differ by fp32 rounding
-    only.
+    only. A step also writes the bf16 copies of weights (rwkv.kernels.bf16_copy).
 
     amsgrad and maximize are not supported: `step` raises ValueError.
 
@@ -67,7 +67,8 @@ class FusedAdam(torch.optim.Adam):
             self.decoupled,
             self.clip,
         )
-        torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *hyperparameters)
+        torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *hyperparameters, bf16_copy.memory(p))
+        bf16_copy.written(p)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

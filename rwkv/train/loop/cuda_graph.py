@@ -33,6 +33,8 @@ def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
         return "it needs a single GPU and --strategy auto"
     if c.release_grads:
         return "it keeps the memory of all gradients, which --release_grads 1 frees"
+    if c.bf16_copies:
+        return "it is not supported with --bf16_copies 1: a replay would not see that a copy was replaced"
     if c.tbptt_len:
         return "it is incompatible with --tbptt_len, whose chunks carry the state"
     if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):

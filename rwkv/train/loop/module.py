@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from rwkv.config import TrainConfig
 from rwkv.data.batches import Batches
 from rwkv.data.dataset import Samples
+from rwkv.kernels.linear import Matrix
 from rwkv.models import RWKV
 from rwkv.train.loop import adam, optimizer, schedule
 from rwkv.train.loop.adamw8bit import AdamW8bit
@@ -99,6 +100,10 @@ class TrainingModule(pl.LightningModule):
         return [part.to(device, non_blocking=True) if i in (0, 1, 3) else part for i, part in enumerate(batch)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.config.bf16_copies:
+            for layer in self.model.modules():
+                if isinstance(layer, Matrix):
+                    layer.keep_bf16_copy()
         return optimizer.make(self.model, self.config)
 
     def train_dataloader(self) -> DataLoader:

@@ -1,10 +1,13 @@
 """Parameter groups with layerwise learning rates, and the optimizer."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from rwkv import compat
 from rwkv.config import TrainConfig
+from rwkv.kernels import bf16_copy
 from rwkv.models import RWKV
 from rwkv.train.loop import adam
 from rwkv.train.loop.adamw8bit import AdamW8bit
@@ -42,7 +45,7 @@ def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     be called before every step.
 
     Adam is torch's fused one on a GPU and `adam.FusedAdam` on a CPU; with DeepSpeed its own, if
-    compiled.
+    compiled. A step also writes the copies of --bf16_copies.
     """
     if c.optimizer == "adafactor":
         return _adafactor(groups(model, c), c.lr_init)
@@ -57,7 +60,23 @@ def make(model: RWKV, c: TrainConfig) -> torch.optim.Optimizer:
     if not zero and adam.supports(found := groups(model, c)):
         return adam.FusedAdam(found, c.weight_decay > 0, **options)
     fused = not (zero and zero.offload_optimizer)
-    return fused_adam.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
+    made = fused_adam.adam(groups(model, c), c.weight_decay > 0, fused, deepspeed=bool(zero), **options)
+    return _writing_copies(made) if c.bf16_copies else made
+
+
+def _writing_copies(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let every step also write the bf16 copies of the weights. (torch 1.13.1 has no hooks of
+    optimizers, and with an optimizer_step of the module Lightning 1.9 warns.)
+    """
+    step: Any = optimizer.step
+
+    def step_and_copy(*arguments: Any, **keywords: Any) -> Any:
+        result = step(*arguments, **keywords)
+        bf16_copy.refresh(p for group in optimizer.param_groups for p in group["params"])
+        return result
+
+    optimizer.step = step_and_copy  # type: ignore[method-assign]
+    return optimizer
 
 
 def _adafactor(groups: list[dict], rate: float) -> torch.optim.Optimizer:

@@ -37,7 +37,7 @@ _NOT_COMPARED = {
     *("keep_best", "patience", "sample_every", "sample_ask", "wandb", "tensorboard", "on_nan"),
     # compared as the model's sizes
     *("version", "n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_size"),
-    *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "cuda_graph", "precision"),
+    *("strategy", "ds_bucket_mb", "ds_config", "accelerator", "grad_cp", "bf16_copies", "cuda_graph", "precision"),
     "train_type",  # compared as what is trained
     # compared as samples per step and steps per epoch
     *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_steps", "auto"),

@@ -126,6 +126,33 @@ def test_state_interchangeable_with_torch(decoupled, first):
         torch.testing.assert_close(saved["state"][0][name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("width", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_copy_is_rounded_as_by_torch(width):
+    """Ties to even, also denormals, numbers that become infinite and the tail of a block; the
+    weights are the same as without a copy.
+    """
+    torch.ops.rwkv.cpu_vectors(width)
+    bits = torch.arange(-(2**31), 2**31, 2**32 // 40009 | 1, dtype=torch.int64).to(torch.int32)
+    ties = torch.arange(-100, 100, dtype=torch.int32) * 0x10000 + 0x8000 + 0x3F800000
+    values = torch.cat([bits.view(torch.float32), ties.view(torch.float32), torch.tensor([0.0, -0.0, 1e-40, 3.4e38])])
+    found = []
+    for copied in (None, torch.zeros(len(values), dtype=torch.bfloat16)):
+        p, zeros = values.clone(), torch.zeros_like(values)
+        # a step of size 0: the weight stays as it is
+        torch.ops.rwkv.adam(p, zeros, zeros.clone(), zeros.clone(), 1.0, 0.0, 0.9, 0.99, 1e-8, 0.0, True, 1.0, copied)
+        found.append(p)
+    finite = ~found[0].isnan()
+    assert torch.equal(found[0][finite], found[1][finite])
+    assert torch.equal(copied[finite].view(torch.int16), p[finite].bfloat16().view(torch.int16))
+    assert bool(copied[~finite].isnan().all())
+
+
+def test_copy_must_match():
+    for wrong in (torch.zeros(3), torch.zeros(4, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="the copy must be a contiguous BFloat16 tensor of sizes"):
+            torch.ops.rwkv.adam(*(normal((3,), i) for i in range(4)), 1.0, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1.0, wrong)
+
+
 def test_unsupported_options():
     for option in ({"amsgrad": True}, {"maximize": True}):
         with pytest.raises(ValueError, match="does not support amsgrad or maximize"):

@@ -28,6 +28,7 @@ BY_DEFAULT = "on" if compat.cuda_graphs_are_tested() else "off"
         (TrainConfig(strategy="ddp"), "--strategy auto"),
         (TrainConfig(strategy="deepspeed_stage_2"), "--strategy auto"),
         (TrainConfig(tbptt_len=64), "--tbptt_len"),
+        (TrainConfig(bf16_copies=1), "--bf16_copies 1"),
         (TrainConfig(version="7"), None),
         (TrainConfig(version="6"), None),
     ],
