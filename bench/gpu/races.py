@@ -18,11 +18,12 @@ fused_cases.norm(fused_cases.GPU_STREAMS[0], 3, 8200, 0, "cuda")
 fused_cases.loss(torch.bfloat16, 65536, 0, "cuda")
 fused_cases.loss(torch.float32, 33, 0, "cuda")
 operators = [(wkv7, head_cases.inputs7, "cuda", 64), (wkv7, head_cases.inputs7, "cuda", 128)]
-operators += [(wkv6, head_cases.inputs6, "cuda", 64), (wkv6, head_cases.inputs6, "cuda", 128)]
+operators += [(wkv6, head_cases.inputs6, impl, size) for impl in ("cuda", "cuda-chunk") for size in (64, 128)]
 if torch.cuda.get_device_capability() >= (8, 0):
     operators.append((wkv7, head_cases.inputs7, "cuda-chunk", 64))
 for operator, inputs, impl, size in operators:
-    tensors, state, reset = inputs(1, 40, 1, size), head_cases.states(1, 1, size), head_cases.starts(1, 40)
+    length = 140 if impl == "cuda-chunk" else 40  # several chunks of WKV6
+    tensors, state, reset = inputs(1, length, 1, size), head_cases.states(1, 1, size), head_cases.starts(1, length)
     head_cases.outputs_and_gradients(
         lambda *x, state, reset, initial, operator=operator, impl=impl: operator(
             *x, state, reset, initial=initial, impl=impl

@@ -81,7 +81,7 @@ def parts(out: Path, ptx: Path | None) -> dict[str, Part]:
         ),
         "doctor": Part(40, (python, "scripts/doctor.py")),
         "wkv4": Part(60, (*bench("wkv4"), "--quick")),
-        "wkv6": Part(30, (*bench("wkv6"), "--quick")),
+        "wkv6": Part(45, (*bench("wkv6"), "--quick")),
         "wkv7": Part(90, (*bench("wkv7"), "--quick")),
         "ptx": Part(40, (python, HERE / "ptx.py", ptx or "")),
         "races": Part(60, (*racecheck, python, HERE / "races.py")),

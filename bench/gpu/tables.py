@@ -105,21 +105,27 @@ def wkv4(found: dict[str, Any]) -> str:
     return f"A large copy moves {copy:.2f} TB/s.\n\n" + table(header, rows)
 
 
+BY_CHUNKS = ("B, T, H, dtype", "forward, ms", "backward, ms", "by chunks: forward, ms", "backward, ms", "token : chunk")
+
+
+def optional(r: dict[str, Any], name: str, form: str) -> str:
+    return format(r[name], form) if name in r else ""
+
+
 def wkv6(found: dict[str, Any]) -> str:
     rows = [
         (
             f"{r['B']}, {r['T']}, {r['H']}, {r['dtype']}{', constant decay' if r['constant'] else ''}",
             *(f"{r[way]:.3f} ({r[way] / r[f'{way}_floor']:.0f} × floor)" for way in ("forward", "backward")),
+            *(optional(r, f"chunk_{way}", ".3f") for way in ("forward", "backward")),
+            optional(r, "token : chunk", ".2f"),
         )
         for r in found["results"]
     ]
-    return table(("B, T, H, dtype", "forward, ms", "backward, ms"), rows)
+    return table(BY_CHUNKS, rows)
 
 
 def wkv7(found: dict[str, Any]) -> str:
-    def optional(r: dict[str, Any], name: str, form: str) -> str:
-        return format(r[name], form) if name in r else ""
-
     rows = [
         (
             f"{r['B']}, {r['T']}, {r['H']}, {r['dtype']}",
@@ -129,8 +135,7 @@ def wkv7(found: dict[str, Any]) -> str:
         )
         for r in found["results"]
     ]
-    header = ("B, T, H, dtype", "forward, ms", "backward, ms", "by chunks: forward, ms", "backward, ms")
-    return table((*header, "token : chunk", "fla : chunk"), rows)
+    return table((*BY_CHUNKS, "fla : chunk"), rows)
 
 
 SECTIONS = {

@@ -1,12 +1,14 @@
-"""Benchmark the WKV6 CUDA kernels against the bytes they must move, and against the PyTorch loop.
+"""Benchmark the WKV6 CUDA kernels, token by token and with segments of the sequence in parallel,
+against the bytes they must move, and against the PyTorch loop.
 
     python bench/gpu/wkv6.py [--quick] [--json FILE]
 
 Times are in milliseconds per call, as in bench/gpu/wkv7.py. `floor` is the time to read each input
 and write each output once at the speed of a large copy on the same GPU: r, w, k, v, y forward;
 these, gy, and four gradients backward, without the states that the forward pass saves. A decay that
-is constant (RWKV-5) is not moved. A shape that fails is reported, and the others are still
-measured.
+is constant (RWKV-5) is not moved. "token : chunk" is the time of both passes of the kernels token
+by token, relative to those of `impl="cuda-chunk"`. A shape that fails is reported, and the others
+are still measured.
 """
 
 import torch
@@ -29,16 +31,17 @@ def measure(shape: Shape, dtype: torch.dtype, constant: bool, loop: bool, speed:
     device = gy.device.index
     if reason := load.why_unavailable_on(device):
         raise RuntimeError(reason)
-    kernels = native.cuda_kernels(gy, device, lambda: torch.cuda.current_stream().cuda_stream)
-    saved = kernels.forward(*inputs, None, None, None)[2]
     size, decay = gy.element_size(), 0 if constant else 4
     result = dict(zip(("B", "T", "H"), shape, strict=True), dtype=str(dtype).removeprefix("torch."), constant=constant)
-    result |= {
-        "forward": median_ms(lambda: kernels.forward(*inputs, None, None, None)),
-        "backward": median_ms(lambda: kernels.backward(*inputs, None, None, saved, gy, None)),
-        "forward_floor": gy.numel() * (4 * size + decay) / speed,
-        "backward_floor": gy.numel() * (7 * size + 2 * decay) / speed,
-    }
+    result["forward_floor"] = gy.numel() * (4 * size + decay) / speed
+    result["backward_floor"] = gy.numel() * (7 * size + 2 * decay) / speed
+    for kind, kernels in {"": native.kernels_for(gy), "chunk_": native.chunk_kernels_for(gy)}.items():
+        saved = kernels.forward(*inputs, None, None, None)[2]
+        result[f"{kind}forward"] = median_ms(lambda k=kernels: k.forward(*inputs, None, None, None))
+        result[f"{kind}backward"] = median_ms(lambda k=kernels, s=saved: k.backward(*inputs, None, None, s, gy, None))
+        del saved
+    token, chunk = (result[f"{kind}forward"] + result[f"{kind}backward"] for kind in ("", "chunk_"))
+    result["token : chunk"] = token / chunk
     if loop:
         result |= loop_and_operator(wkv6, inputs, gy)
     return result
@@ -58,7 +61,8 @@ def line(r: dict) -> str:
     return (
         f"B{r['B']} T{r['T']} H{r['H']} {r['dtype']}{' constant decay' if r['constant'] else ''}:"
         f" forward {r['forward']:.3f} ms, {r['forward'] / r['forward_floor']:.1f} × floor;"
-        f" backward {r['backward']:.3f} ms, {r['backward'] / r['backward_floor']:.1f} × floor"
+        f" backward {r['backward']:.3f} ms, {r['backward'] / r['backward_floor']:.1f} × floor;"
+        f" by chunks {r['chunk_forward']:.3f} ms, {r['chunk_backward']:.3f} ms, token : chunk {r['token : chunk']:.2f}"
         + (f"; loop {r['reference']:.0f} ms, operator {r['cuda']:.3f} ms" if "cuda" in r else "")
     )
 

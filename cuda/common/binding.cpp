@@ -30,9 +30,9 @@ TORCH_LIBRARY(rwkv, library) {
        gpu::wkv4_backward);
   const std::string wkv6_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, ";
   define_pair("wkv6_cpu_forward", "wkv6_cuda_forward", wkv6_inputs + "Tensor? state, Tensor? initial, Tensor? reset",
-              "", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv6_forward, gpu::wkv6_forward);
+              ", int segment", "(Tensor y, Tensor state, Tensor saved)", cpu::wkv6_forward, gpu::wkv6_forward);
   define_pair("wkv6_cpu_backward", "wkv6_cuda_backward",
-              wkv6_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", "",
+              wkv6_inputs + "Tensor? initial, Tensor? reset, Tensor saved, Tensor gy, Tensor? gstate", ", int segment",
               "(Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor gu, Tensor gstate, Tensor ginitial)",
               cpu::wkv6_backward, gpu::wkv6_backward);
   const std::string wkv7_inputs = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, ",

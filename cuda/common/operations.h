@@ -88,10 +88,11 @@ Wkv4GradientTensors wkv4_backward(const Tensor& w, const Tensor& u, const Tensor
                                   int64_t stream);
 Outputs wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                      const Optional<Tensor>& state, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
-                     int64_t device, int64_t stream);
+                     int64_t segment, int64_t device, int64_t stream);
 Wkv6GradientTensors wkv6_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                                   const Optional<Tensor>& initial, const Optional<Tensor>& reset, const Tensor& saved,
-                                  const Tensor& gy, const Optional<Tensor>& gstate, int64_t device, int64_t stream);
+                                  const Tensor& gy, const Optional<Tensor>& gstate, int64_t segment, int64_t device,
+                                  int64_t stream);
 Outputs wkv7_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
                      const Tensor& b, const Optional<Tensor>& state, const Optional<Tensor>& initial,
                      const Optional<Tensor>& reset, int64_t device, int64_t stream);

@@ -101,8 +101,15 @@ std::string cuda_kind(const Tensor& r) {
   }
 }
 
-// Blocks per head.
+// Blocks per head and segment.
 int64_t key_blocks(int64_t N) { return N <= 64 ? 1 : N / 16; }
+
+// Segments of `segment` tokens; 0: one.
+int64_t segments(const Tensor& r, int64_t segment) {
+  TORCH_CHECK(segment >= 0 && segment % WKV6_SAVE_INTERVAL == 0, "wkv6: the tokens per segment must be a multiple of ",
+              WKV6_SAVE_INTERVAL, ", or 0 for all; got ", segment);
+  return segment ? (r.size(1) + segment - 1) / segment : 1;
+}
 
 // Aligned copies of what both passes read, where it is not aligned, and pointers to it.
 struct CudaInputs {
@@ -111,10 +118,11 @@ struct CudaInputs {
   Wkv6Args args{};
 
   CudaInputs(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& u_,
-             const Optional<Tensor>& initial_, const Optional<Tensor>& reset, const Tensor& saved)
+             const Optional<Tensor>& initial_, const Optional<Tensor>& reset, const Tensor& saved, int64_t segment)
       : r(aligned(r_)), w(aligned(w_)), k(aligned(k_)), v(aligned(v_)), u(u_), initial(aligned(initial_)) {
     args.B = r.size(0), args.T = r.size(1), args.H = r.size(2), args.N = r.size(3);
     args.key_blocks = key_blocks(args.N);
+    args.segment = segment ? segment : args.T, args.segments = segments(r, segment);
     args.r = r.data_ptr(), args.k = k.data_ptr(), args.v = v.data_ptr(), args.w = floats(&w), args.u = floats(&u);
     args.constant = w.dim() == 2;
     args.reset = flags(or_null(reset)), args.initial = floats(or_null(initial)), args.saved = saved.data_ptr<float>();
@@ -122,24 +130,39 @@ struct CudaInputs {
 };
 
 void launch(int64_t device, int64_t stream, const std::string& kernel, const Wkv6Args& args) {
-  launcher::launch(device, reinterpret_cast<void*>(stream), kernel, args.B * args.H * args.key_blocks,
+  launcher::launch(device, reinterpret_cast<void*>(stream), kernel, args.B * args.H * args.segments * args.key_blocks,
                    32 * WKV6_WARPS, &args);
+}
+
+// Replaces args.first, the states before the first segments, by the states before all segments, and returns the latter.
+Tensor states_before_segments(Wkv6Args& args, const Tensor& w, const std::string& kind, int64_t device, int64_t stream) {
+  if (args.segments == 1) return {};
+  constexpr int THREADS = 32 * WKV6_WARPS;
+  const int64_t heads = args.B * args.H, size = args.N * args.N;
+  const Tensor states = w.new_empty({heads, args.segments, size}), decays = w.new_empty({heads, args.segments, args.N});
+  args.states = states.data_ptr<float>(), args.decays = decays.data_ptr<float>();
+  launch(device, stream, "wkv6_summary_" + kind, args);
+  launcher::launch(device, reinterpret_cast<void*>(stream), "wkv6_scan", (heads * size / 4 + THREADS - 1) / THREADS,
+                   THREADS, &args);
+  args.first = args.states;
+  return states;
 }
 
 }  // namespace
 
 Outputs gpu::wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u,
                           const Optional<Tensor>& state, const Optional<Tensor>& initial,
-                          const Optional<Tensor>& reset, int64_t device, int64_t stream) {
+                          const Optional<Tensor>& reset, int64_t segment, int64_t device, int64_t stream) {
   check_inputs(r, w, k, v, u, or_null(state), or_null(initial), or_null(reset));
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
   const std::string kind = cuda_kind(r);
   const Tensor y = r.new_empty({key_blocks(N), B, T, H, N}), last = w.new_empty({B, H, N, N});
   const Tensor saved = w.new_empty({B, H, chunks(r), N, N});
   if (r.numel() > 0) {
-    CudaInputs inputs(r, w, k, v, u, initial, reset, saved);
+    CudaInputs inputs(r, w, k, v, u, initial, reset, saved, segment);
     const Optional<Tensor> aligned_state = aligned(state);
     inputs.args.first = floats(or_null(aligned_state));
+    const Tensor states = states_before_segments(inputs.args, w, kind, device, stream);
     inputs.args.y = y.data_ptr(), inputs.args.last = last.data_ptr<float>();
     launch(device, stream, "wkv6_output_" + kind, inputs.args);
   }
@@ -149,26 +172,33 @@ Outputs gpu::wkv6_forward(const Tensor& r, const Tensor& w, const Tensor& k, con
 Wkv6GradientTensors gpu::wkv6_backward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
                                        const Tensor& u, const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                        const Tensor& saved, const Tensor& gy, const Optional<Tensor>& gstate,
-                                       int64_t device, int64_t stream) {
+                                       int64_t segment, int64_t device, int64_t stream) {
   check_inputs(r, w, k, v, u, nullptr, or_null(initial), or_null(reset));
   heads::check_gradients("wkv6", r, chunks(r), saved, gy, or_null(gstate));
   const std::string kind = cuda_kind(r);
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3), blocks = key_blocks(N);
+  const int64_t parts = segments(r, segment);
+  const bool constant = w.dim() == 2;
   const Tensor gr = r.new_empty(r.sizes()), gk = k.new_empty(k.sizes()), gv = v.new_empty({blocks, B, T, H, N});
-  const Tensor gw = w.dim() == 2 ? w.new_empty({B, H, N}) : w.new_empty(w.sizes()), gu = u.new_empty({B, H, N});
-  const Tensor gfirst = w.new_empty({B, H, N, N});
-  const Tensor ginitial = or_null(initial) ? w.new_empty({B, H, N, N}) : Tensor();
+  const Tensor gw = constant ? w.new_empty({parts, B, H, N}) : w.new_empty(w.sizes());
+  const Tensor gu = u.new_empty({parts, B, H, N}), gfirst = w.new_empty({B, H, N, N});
+  const Tensor ginitial = or_null(initial) ? w.new_empty({parts, B, H, N, N}) : Tensor();
   if (r.numel() > 0) {
-    const Tensor work = w.new_empty({B * H * blocks, WKV6_WORK});
-    CudaInputs inputs(r, w, k, v, u, initial, reset, saved);
+    const Tensor work = w.new_empty({B * H * parts * blocks, WKV6_WORK});
+    CudaInputs inputs(r, w, k, v, u, initial, reset, saved, segment);
     const Tensor aligned_gy = aligned(gy);
     const Optional<Tensor> aligned_gstate = aligned(gstate);
     Wkv6Args& args = inputs.args;
-    args.gy = aligned_gy.data_ptr(), args.glast = floats(or_null(aligned_gstate)), args.work = work.data_ptr<float>();
+    args.gy = aligned_gy.data_ptr(), args.work = work.data_ptr<float>();
+    Wkv6Args reversed = args;
+    reversed.reverse = true, reversed.k = args.r, reversed.v = args.gy, reversed.first = floats(or_null(aligned_gstate));
+    const Tensor gstates = states_before_segments(reversed, w, kind, device, stream);
+    args.glast = reversed.first;
     args.gr = gr.data_ptr(), args.gk = gk.data_ptr(), args.gv = gv.data_ptr();
     args.gw = gw.data_ptr<float>(), args.gu = gu.data_ptr<float>(), args.gfirst = gfirst.data_ptr<float>();
     args.ginitial = or_null(initial) ? ginitial.data_ptr<float>() : nullptr;
     launch(device, stream, "wkv6_gradient_" + kind, args);
   }
-  return {gr, gw, gk, sum_blocks(gv), gu, gfirst, ginitial};
+  return {gr, constant ? sum_blocks(gw) : gw, gk, sum_blocks(gv), sum_blocks(gu), gfirst,
+          or_null(initial) ? sum_blocks(ginitial) : ginitial};
 }

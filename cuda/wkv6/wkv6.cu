@@ -11,6 +11,9 @@
 // of them and puts every STATES-th state into `work`; then, from the last to the first, STATES states
 // are recomputed in registers. No step divides by a decay. No atomics: results are bit-identical.
 //
+// A sequence may be split into segments, a block each. Then wkv6_summary and wkv6_scan run first, which compute the
+// state before each segment, or the gradient of the state after it (cuda/README.md).
+//
 // Compiled by NVRTC as part of gpu.cu; tests also compile it for the host.
 #include "wkv6/wkv6_tile.h"
 
@@ -29,20 +32,20 @@ template <class S, class T> WKV_FN void update(State<S>& to, const State<S>& x, 
 // ---- forward ----
 
 template <class S> WKV_FN void output(const Wkv6Args& q) {
-  SHARED Tokens<S, V + 1> tokens;
+  SHARED Tokens<S, R + 1> tokens;
   SHARED Partial<S> partial;
   const Place p = place<S>(q);
   State<S> x;
   Keys<S> u;
   EACH_KEY u[i] = p.key + i < q.N ? q.u[p.head * q.N + p.key + i] : 0;
-  read_state<S>(x, state_of(q.first, q, p), q, p);
-  Fetched<S, V + 1> next = fetch<S, V + 1>(q, p, 0);
-  for (long long begin = 0; begin < q.T; begin += S::STAGE) {
+  read_state<S>(x, segment_state(q.first, q, p), q, p);
+  Fetched<S, R + 1> next = fetch<S, R + 1>(q, p, p.begin);
+  for (long long begin = p.begin; begin < p.end; begin += S::STAGE) {
     if (begin % WKV6_SAVE_INTERVAL == 0) write_state<S>(saved(q, p, begin / WKV6_SAVE_INTERVAL), x, q, p);
     barrier();
-    put<S, V + 1>(tokens, next, p);
+    put<S, R + 1>(tokens, next, p);
     barrier();
-    next = fetch<S, V + 1>(q, p, begin + S::STAGE);
+    next = fetch<S, R + 1>(q, p, begin + S::STAGE);
     NO_UNROLL for (int base = 0; base < S::STAGE; base += S::FLUSH) {
       _Pragma("unroll 2") for (int n = 0; n < S::FLUSH; n++) {
         const int i_token = base + n;
@@ -64,7 +67,7 @@ template <class S> WKV_FN void output(const Wkv6Args& q) {
       flush<S>(q.y, partial, q, p, begin + base);
     }
   }
-  write_state<S>(state_of(q.last, q, p), x, q, p);
+  if (p.end == q.T) write_state<S>(state_of(q.last, q, p), x, q, p);
 }
 
 // ---- backward ----
@@ -135,7 +138,8 @@ WKV_FN void write_gradients(const GradientMemory<S>& m, const Wkv6Args& q, const
     const int vector = p.key_block * VECTORS + at % VECTORS;
     if (t >= q.T || vector * 4 >= q.N) continue;
     const long long to = token(q, p, t) + vector * 4;
-    UNROLL for (int kind = R; kind <= K; kind++) {
+    UNROLL for (int kind = W; kind <= R; kind++) {
+      if (kind == V) continue;
       const Four<float> found = m.tokens.x[kind][at / VECTORS][vector];
       if (kind == W) {
         if (!q.constant) *(Four<float>*)(q.gw + to) = found;
@@ -158,10 +162,10 @@ template <class S> WKV_FN void gradient(const Wkv6Args& q) {
   EACH_KEY u[i] = p.key + i < q.N ? q.u[p.head * q.N + p.key + i] : 0;
   if (q.ginitial) {
     read_state<S>(G, nullptr, q, p);
-    write_state<S>(state_of(q.ginitial, q, p), G, q, p);
+    write_state<S>(summed_state(q.ginitial, q, p), G, q, p);
   }
-  read_state<S>(G, state_of(q.glast, q, p), q, p);
-  long long chunk = (q.T - 1) / WKV6_SAVE_INTERVAL;
+  read_state<S>(G, segment_state(q.glast, q, p), q, p);
+  long long chunk = (p.end - 1) / WKV6_SAVE_INTERVAL;
   Fetched<S, GY + 1> next = fetch<S, GY + 1>(q, p, chunk * WKV6_SAVE_INTERVAL);
   const auto stage = [&](long long following) {
     barrier();
@@ -169,7 +173,7 @@ template <class S> WKV_FN void gradient(const Wkv6Args& q) {
     barrier();
     next = fetch<S, GY + 1>(q, p, following);
   };
-  for (; chunk >= 0; chunk--) {
+  for (; chunk * WKV6_SAVE_INTERVAL >= p.begin; chunk--) {
     const long long begin = chunk * WKV6_SAVE_INTERVAL, before_begin = begin - WKV6_SAVE_INTERVAL;
     const long long left = (q.T - begin + S::STAGE - 1) / S::STAGE;
     const int parts = left < ALL ? (int)left : ALL;
@@ -215,7 +219,7 @@ template <class S> WKV_FN void gradient(const Wkv6Args& q) {
           token_gradient<S>(G, before[n], m, totals, u, base + n, t >= q.T, p);
           if ((base + n) % S::FLUSH == 0) flush<S>(q.gv, m.partial, q, p, t);
           if (m.tokens.starts[base + n]) {  // the state before this token is the initial one
-            if (q.ginitial) write_state<S, true>(state_of(q.ginitial, q, p), G, q, p);
+            if (q.ginitial) write_state<S, true>(summed_state(q.ginitial, q, p), G, q, p);
             EACH_KEY EACH_VALUE G[i][j] = 0;
           }
         }
@@ -223,12 +227,73 @@ template <class S> WKV_FN void gradient(const Wkv6Args& q) {
       write_gradients<S>(m, q, p, part_begin);  // after the barrier in flush
     }
   }
-  write_state<S>(state_of(q.gfirst, q, p), G, q, p);
+  if (p.begin == 0) write_state<S>(state_of(q.gfirst, q, p), G, q, p);
   const int key = p.key + p.lane % S::KEYS;
   const float gu = sum_values<S>(totals.u, p);
   if (p.lane < S::KEYS && key < q.N) {
-    q.gu[p.index * q.N + key] = gu;
-    if (q.constant) q.gw[p.index * q.N + key] = totals.w;
+    q.gu[summed_index(q, p) * q.N + key] = gu;
+    if (q.constant) q.gw[summed_index(q, p) * q.N + key] = totals.w;
+  }
+}
+
+// ---- the state before each segment, of several ----
+
+// What a segment does to the state before it: multiplies its keys by `decays` and adds `states`. With `reverse`, r for k
+// and gy for v, the same for the gradient of the state after it.
+template <class S> WKV_FN void summary(const Wkv6Args& q) {
+  SHARED Tokens<S, V + 1> tokens;
+  const Place p = place<S>(q);
+  if (p.segment == (q.reverse ? 0 : q.segments - 1)) return;  // no segment follows
+  const long long last = p.begin + (p.end - p.begin - 1) / S::STAGE * S::STAGE, step = q.reverse ? -S::STAGE : S::STAGE;
+  bool starts = false;
+  State<S> x;
+  Keys<S> decay;
+  EACH_KEY decay[i] = 1;
+  read_state<S>(x, nullptr, q, p);
+  Fetched<S, V + 1> next = fetch<S, V + 1>(q, p, q.reverse ? last : p.begin);
+  for (long long begin = q.reverse ? last : p.begin; begin >= p.begin && begin <= last; begin += step) {
+    barrier();
+    put<S, V + 1>(tokens, next, p);
+    barrier();
+    next = fetch<S, V + 1>(q, p, begin + step);
+    _Pragma("unroll 2") for (int n = 0; n < S::STAGE; n++) {
+      const int i_token = q.reverse ? S::STAGE - 1 - n : n;
+      const bool start = tokens.starts[i_token];
+      starts = starts || start;
+      if (start && !q.reverse) read_state<S>(x, state_of(q.initial, q, p), q, p);
+      Keys<S> w;
+      keys<S>(w, tokens.x[W][i_token], p);
+      EACH_KEY decay[i] *= w[i];
+      update<S>(x, x, tokens, i_token, p);
+      if (start && q.reverse) read_state<S>(x, nullptr, q, p);
+    }
+  }
+  const long long segment = p.index * q.segments + p.segment;
+  write_state<S>(q.states + segment * q.N * q.N, x, q, p);
+  if (p.lane == 0) EACH_KEY if (p.key + i < q.N) q.decays[segment * q.N + p.key + i] = starts ? -1 : decay[i];
+}
+
+// Replaces these `states` by the states before the segments (after them, with `reverse`). Each thread has 4 values; it
+// loads those of AHEAD segments at once.
+WKV_FN void scan(const Wkv6Args& q) {
+  constexpr int AHEAD = 8;
+  const long long at = thread_index() * 4, size = q.N * q.N, index = at / size, element = at % size;
+  if (index >= q.B * q.H) return;
+  Four<float> x = {};
+  if (q.first) x = *(const Four<float>*)(q.first + at);
+  for (long long begin = 0; begin < q.segments; begin += AHEAD) {
+    Four<float> own[AHEAD];
+    float decay[AHEAD];
+    const auto segment = [&](int n) { return index * q.segments + (q.reverse ? q.segments - 1 - begin - n : begin + n); };
+    UNROLL for (int n = 0; n < AHEAD; n++) if (begin + n < q.segments - 1) {  // the last one has no summary
+      own[n] = *(const Four<float>*)(q.states + segment(n) * size + element);
+      decay[n] = q.decays[segment(n) * q.N + element / q.N];
+    }
+    UNROLL for (int n = 0; n < AHEAD; n++) if (begin + n < q.segments) {
+      *(Four<float>*)(q.states + segment(n) * size + element) = x;
+      if (begin + n == q.segments - 1) return;
+      EACH_OF_4 x.x[e] = decay[n] < 0 ? own[n].x[e] : decay[n] * x.x[e] + own[n].x[e];
+    }
   }
 }
 
@@ -237,12 +302,15 @@ template <class E> using Narrow = Shape<E, 64, 8>;
 using Wide = Shape<fp32, 256, 2>;
 
 #define KERNELS_OF(E)                                                                         \
+  KERNEL(32 * WKV6_WARPS, 3) wkv6_summary_##E(const Wkv6Args q) { summary<Narrow<E>>(q); }    \
   KERNEL(32 * WKV6_WARPS, 2) wkv6_output_##E(const Wkv6Args q) { output<Narrow<E>>(q); }      \
   KERNEL(32 * WKV6_WARPS, 1) wkv6_gradient_##E(const Wkv6Args q) { gradient<Narrow<E>>(q); }
 KERNELS_OF(fp32)
 KERNELS_OF(bf16)
 KERNELS_OF(fp16)
 #undef KERNELS_OF
+KERNEL(32 * WKV6_WARPS, 3) wkv6_summary_wide(const Wkv6Args q) { summary<Wide>(q); }
+KERNEL(32 * WKV6_WARPS, 3) wkv6_scan(const Wkv6Args q) { scan(q); }
 KERNEL(32 * WKV6_WARPS, 1) wkv6_output_wide(const Wkv6Args q) { output<Wide>(q); }
 KERNEL(32 * WKV6_WARPS, 1) wkv6_gradient_wide(const Wkv6Args q) { gradient<Wide>(q); }
 

@@ -11,22 +11,29 @@ enum {
 
 struct Wkv6Args {
   long long B, T, H, N;
-  long long key_blocks;               // blocks per head, which have different keys of its state
+  long long key_blocks;               // blocks per head and segment, which have different keys of its state
+  long long segment, segments;        // tokens per segment, a multiple of WKV6_SAVE_INTERVAL; segments per sequence
   const void *r, *k, *v;              // [B, T, H, N]
   const float* w;                     // log-decay <= 0: [B, T, H, N], or [H, N] if constant
   const float* u;                     // [H, N]
   bool constant;                      // whether the decay does not depend on the token
   const unsigned char* reset;         // [B, T], nonzero where a document starts, or null
-  const float *first, *initial;       // [B, H, N (key), N (value)]: incoming, at a document start; null: zeros
+  const float* first;                 // [B, H, segments, N (key), N (value)], before each segment; null: zeros
+  const float* initial;               // [B, H, N, N], the state at a document start; null: zeros
   float* saved;                       // [B, H, ceil(T / WKV6_SAVE_INTERVAL), N, N], the states before tokens 0, 64, ...
   void* y;                            // [key_blocks, B, T, H, N], summed over key_blocks by the caller
   float* last;                        // [B, H, N, N], the outgoing state
   // Backward:
   const void* gy;                     // [B, T, H, N]
-  const float* glast;                 // [B, H, N, N] or null
+  const float* glast;                 // [B, H, segments, N, N], of the state after each segment, or null
   float* work;                        // states between two saved ones: WKV6_WORK floats per block
   void *gr, *gk;                      // [B, T, H, N]
   void* gv;                           // as y
-  float *gw, *gu;                     // gw [B, T, H, N], [B, H, N] if constant; gu [B, H, N]
-  float *gfirst, *ginitial;           // [B, H, N, N]; ginitial may be null
+  float *gw, *gu;                     // gw [B, T, H, N], [segments, B, H, N] if constant; gu [segments, B, H, N]
+  float* gfirst;                      // [B, H, N, N]
+  float* ginitial;                    // [segments, B, H, N, N] or null
+  // Several segments (wkv6_summary, wkv6_scan); `first` is [B, H, N, N] here, before the first segment:
+  bool reverse;                       // from the last token to the first
+  float* states;                      // [B, H, segments, N, N]
+  float* decays;                      // [B, H, segments, N], the product of all e^w; -1 if a document starts
 };

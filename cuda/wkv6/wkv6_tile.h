@@ -32,10 +32,11 @@ template <class S> using State = float[S::KEYS][S::VALUES];
 template <class S> using Keys = float[S::KEYS];
 template <class S> using Values = float[S::VALUES];
 
-enum { R, W, K, V, GY };  // staged tensors
+enum { W, K, V, R, GY };  // staged tensors
 
 struct Place {
   long long batch, head, index;  // index = batch * H + head
+  long long segment, begin, end;  // its tokens
   int thread, warp, lane;        // lane: among the threads with the same keys
   int key, key_block;            // the first of its keys, in the head
 };
@@ -43,8 +44,11 @@ struct Place {
 template <class S> WKV_FN Place place(const Wkv6Args& q) {
   Place p;
   const long long block = block_number();
-  p.index = block / q.key_blocks;
   p.key_block = (int)(block % q.key_blocks);
+  p.segment = block / q.key_blocks % q.segments;
+  p.index = block / q.key_blocks / q.segments;
+  p.begin = p.segment * q.segment;
+  p.end = p.segment < q.segments - 1 ? p.begin + q.segment : q.T;
   p.batch = p.index / q.H;
   p.head = p.index % q.H;
   p.thread = (int)thread_number();
@@ -69,6 +73,14 @@ WKV_FN float* saved(const Wkv6Args& q, const Place& p, long long chunk) {
 WKV_FN float* state_of(float* states, const Wkv6Args& q, const Place& p) { return states + p.index * q.N * q.N; }
 WKV_FN const float* state_of(const float* states, const Wkv6Args& q, const Place& p) {
   return states ? states + p.index * q.N * q.N : nullptr;
+}
+WKV_FN const float* segment_state(const float* states, const Wkv6Args& q, const Place& p) {
+  return states ? states + (p.index * q.segments + p.segment) * q.N * q.N : nullptr;
+}
+// The index of a head among [segments, B, H].
+WKV_FN long long summed_index(const Wkv6Args& q, const Place& p) { return p.segment * q.B * q.H + p.index; }
+WKV_FN float* summed_state(float* states, const Wkv6Args& q, const Place& p) {
+  return states + summed_index(q, p) * q.N * q.N;
 }
 
 // Zeros if `from` is null.
@@ -114,7 +126,7 @@ WKV_FN Fetched<S, TENSORS> fetch(const Wkv6Args& q, const Place& p, long long be
   const long long t = begin + p.thread / S::VECTORS;
   if (t >= 0 && t < q.T && column < q.N) {
     const long long at = token(q, p, t) + column;
-    const void* tensors[] = {q.r, nullptr, q.k, q.v, q.gy};
+    const void* tensors[] = {nullptr, q.k, q.v, q.r, q.gy};
     UNROLL for (int i = 0; i < TENSORS; i++) if (i != W) to.x[i] = *(const Four<E>*)((const E*)tensors[i] + at);
     to.w = *(const Four<float>*)(q.w + (q.constant ? p.head * q.N + column : at));
   }

@@ -46,25 +46,25 @@ def cpu_kernels(operator: str, r: Tensor) -> Kernels:
     return in_fp32(Kernels(*found)) if r.dtype == torch.float16 else Kernels(*found)
 
 
-def cuda_kernels(operator: str, r: Tensor, device: int, stream: Callable[[], int]) -> Kernels:
+def cuda_kernels(operator: str, r: Tensor, device: int, stream: Callable[[], int], *more: int) -> Kernels:
     """The CUDA kernels of wkv6 or wkv7 for inputs like `r`. `stream` returns the stream of each
-    launch.
+    launch; `more` are further arguments of the operator.
     """
     forward, backward = (getattr(torch.ops.rwkv, f"{operator}_cuda_{way}") for way in ("forward", "backward"))
     kernels = Kernels(
-        lambda *tensors: forward(*tensors, device, stream()),
-        lambda *tensors: backward(*tensors, device, stream()),
+        lambda *tensors: forward(*tensors, *more, device, stream()),
+        lambda *tensors: backward(*tensors, *more, device, stream()),
     )
     return in_fp32(kernels) if r.dtype != torch.float32 and r.shape[-1] > HEAD_SIZE else kernels
 
 
-def kernels_for(operator: str, r: Tensor) -> Kernels:
+def kernels_for(operator: str, r: Tensor, *more: int) -> Kernels:
     """The kernels of wkv6 or wkv7 for the device of `r`; on a GPU they run on torch's current
-    stream.
+    stream, with `more` as in `cuda_kernels`.
     """
     if r.device.type == "cpu":
         return cpu_kernels(operator, r)
-    return cuda_kernels(operator, r, r.device.index, current_stream(r.device.index))
+    return cuda_kernels(operator, r, r.device.index, current_stream(r.device.index), *more)
 
 
 def prepared(

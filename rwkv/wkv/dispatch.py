@@ -18,7 +18,7 @@ def _why_not_cuda(x: Tensor) -> str | None:
     return load.why_unavailable_on(x.device.index)
 
 
-def _why_not_cuda_chunk(r: Tensor) -> str | None:
+def _why_not_wkv7_chunk(r: Tensor) -> str | None:
     if reason := _why_not_cuda(r):
         return reason
     if r.shape[-1] != 64:
@@ -41,8 +41,13 @@ _WHY_UNAVAILABLE: dict[str, Callable[[Tensor], str | None]] = {
     "cuda": _why_not_cuda,
     "cpu": _why_not_cpu,
     "reference": lambda x: None,
-    "cuda-chunk": _why_not_cuda_chunk,
+    "cuda-chunk": _why_not_cuda,
 }
+_OF_OPERATOR = {("wkv7", "cuda-chunk"): _why_not_wkv7_chunk}
+
+
+def _why_unavailable(operator: str, impl: str, x: Tensor) -> str | None:
+    return _OF_OPERATOR.get((operator, impl), _WHY_UNAVAILABLE[impl])(x)
 
 
 def choose(
@@ -57,7 +62,7 @@ def choose(
     if impl == "auto":
         reasons: list[str] = []
         for name, run in implementations.items():
-            reason = _WHY_UNAVAILABLE[name](x)
+            reason = _why_unavailable(operator, name, x)
             if reason is None:
                 if name == "reference":
                     warnings.warn(
@@ -69,6 +74,6 @@ def choose(
             reasons.append(f"  {name}: {reason}")
     if impl not in implementations:
         raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(implementations)}")
-    if reason := _WHY_UNAVAILABLE[impl](x):
+    if reason := _why_unavailable(operator, impl, x):
         raise RuntimeError(f"{operator}: impl={impl!r} is unavailable: {reason}")
     return implementations[impl]

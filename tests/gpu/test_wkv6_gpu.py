@@ -1,5 +1,5 @@
 """What is particular to the WKV6 CUDA kernels on a GPU (see also test_heads_gpu.py): constant
-decays, memory. Not run on a GPU so far; tests/wkv/wkv6/test_cuda_wkv6.py runs the kernels on a CPU.
+decays, several segments, memory. Not run on a GPU so far; tests/wkv/wkv6 runs the kernels on a CPU.
 """
 
 import pytest
@@ -16,6 +16,7 @@ from head_cases import (
 )
 
 from rwkv.wkv import wkv6
+from rwkv.wkv.wkv6.native import segment_length
 from tests.gpu.on_gpu import on_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
@@ -25,9 +26,24 @@ def cuda(*tensors, state=None, reset=None, initial=None):
     return wkv6(*tensors, state, reset, initial=initial, impl="cuda")
 
 
-def check(tensors, state=None, reset=None, initial=None, **tolerance):
+def chunk(*tensors, state=None, reset=None, initial=None):
+    return wkv6(*tensors, state, reset, initial=initial, impl="cuda-chunk")
+
+
+def check(tensors, state=None, reset=None, initial=None, run=cuda, **tolerance):
     arguments = on_gpu(tensors, state, reset, initial)
-    assert_close(outputs_and_gradients(cuda, *arguments), WKV6.in_fp64(*arguments), **tolerance)
+    assert_close(outputs_and_gradients(run, *arguments), WKV6.in_fp64(*arguments), **tolerance)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(("heads", "size"), [(1, 64), (12, 64), (2, 128)])
+def test_states_that_last_for_several_segments(heads, size, constant):
+    r, w, *others = inputs6(2, 1000, heads, size, constant=constant)
+    tensors, reset = [r, w * 0.01, *others], starts(2, 1000, 0.002)
+    assert segment_length(2 * heads, size, 1000) < 1000
+    arguments = on_gpu(tensors, states(2, heads, size), reset, states(2, heads, size, 4))
+    # with the same rounding of each e^w, which acts up to 1000 times
+    assert_close(outputs_and_gradients(chunk, *arguments), outputs_and_gradients(cuda, *arguments))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 17, 3, 64), (1, 64, 2, 64), (3, 197, 5, 64)])
@@ -42,18 +58,19 @@ def test_head_sizes(size):
     check(inputs6(2, 70, 2, size), states(2, 2, size), starts(2, 70))
 
 
+@pytest.mark.parametrize("run", [cuda, chunk])
 @pytest.mark.parametrize("constant", [False, True])
-def test_decays_at_both_ends(constant):
+def test_decays_at_both_ends(constant, run):
     """From e^(−8100), which is 0 in fp32, to 1 − 6e-6."""
     tensors = inputs6(1, 600, 2, 64, constant=constant)
     raw = torch.linspace(-12, 9, tensors[1].numel())[
         torch.randperm(tensors[1].numel(), generator=torch.Generator().manual_seed(0))
     ]
     tensors[1] = -torch.exp(raw).view_as(tensors[1])
-    found = outputs_and_gradients(cuda, *on_gpu(tensors, states(1, 2, 64)))
+    found = outputs_and_gradients(run, *on_gpu(tensors, states(1, 2, 64)))
     assert all(x.isfinite().all() for x in found.values())
     # the rounding of a decay near 1 acts 600 times; the PyTorch loop in fp32 deviates by 1.2e-5
-    check(tensors, states(1, 2, 64), share=3e-5)
+    check(tensors, states(1, 2, 64), run=run, share=3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

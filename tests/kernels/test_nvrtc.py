@@ -19,7 +19,10 @@ KERNELS = {
     for dtype in ("fp32", "bf16", "fp16")
 }
 KERNELS |= {"wkv4_scan", "wkv4_scan_gradient"}
-KERNELS |= {f"wkv6_{what}_{kind}" for what in ("output", "gradient") for kind in ("fp32", "bf16", "fp16", "wide")}
+KERNELS |= {
+    f"wkv6_{what}_{kind}" for what in ("summary", "output", "gradient") for kind in ("fp32", "bf16", "fp16", "wide")
+}
+KERNELS |= {"wkv6_scan"}
 KERNELS |= {
     f"wkv7_{what}_{kind}"
     for what, kinds in {

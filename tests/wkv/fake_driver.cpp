@@ -170,7 +170,7 @@ template <class Args> static Kernel kernel(void (*function)(Args), bool barriers
 #define WKV7(name) {#name, kernel(wkv7::name, true)}
 #define WKV7_OF(E) WKV7(wkv7_output_##E), WKV7(wkv7_gradient_##E)
 #define WKV6(name) {#name, kernel(wkv6::name, true)}
-#define WKV6_OF(E) WKV6(wkv6_output_##E), WKV6(wkv6_gradient_##E)
+#define WKV6_OF(E) WKV6(wkv6_summary_##E), WKV6(wkv6_output_##E), WKV6(wkv6_gradient_##E)
 #define WKV7_CHUNKS(name) {#name, kernel(wkv7_chunk::name, true)}
 #define FUSED(name) {#name, kernel(fused::name)}
 #define FUSED_ROW(name) {#name, kernel(fused::name, true)}
@@ -191,7 +191,7 @@ static const std::map<std::string, Kernel> kernels = {
     WKV_OF(fp32), WKV_OF(bf16), WKV_OF(fp16), WKV(wkv4_scan), WKV(wkv4_scan_gradient),
     WKV7_OF(fp32), WKV7_OF(bf16), WKV7_OF(fp16),
     WKV7(wkv7_output_128), WKV7(wkv7_output_256), WKV7(wkv7_gradient_128), WKV7(wkv7_gradient_256),
-    WKV6_OF(fp32), WKV6_OF(bf16), WKV6_OF(fp16), WKV6_OF(wide),
+    WKV6_OF(fp32), WKV6_OF(bf16), WKV6_OF(fp16), WKV6_OF(wide), WKV6(wkv6_scan),
     WKV7_CHUNKS(wkv7_chunk_prepare), WKV7_CHUNKS(wkv7_chunk_scan), WKV7_CHUNKS(wkv7_chunk_output),
     WKV7_CHUNKS(wkv7_chunk_scan_gradient), WKV7_CHUNKS(wkv7_chunk_gradient),
     FUSED_OF(fp32), FUSED_OF(bf16), FUSED_OF(fp16), FUSED_OF(any), FUSED_OF_TWO(fp32_bf16), FUSED_OF_TWO(fp32_fp16),

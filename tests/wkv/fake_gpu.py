@@ -129,17 +129,17 @@ class Server:
         _, _, saved = kernels.forward(w, u, k, v, state, initial, reset)
         return kernels.backward(w, u, k, v, initial, reset, saved, gy, gstate)
 
-    def wkv6_forward(self, *tensors):
+    def wkv6_forward(self, *tensors, segment=0):
         """The forward pass of wkv6.native.cuda_kernels."""
         from rwkv.wkv.wkv6 import native
 
-        return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM).forward(*tensors)
+        return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM, segment).forward(*tensors)
 
-    def wkv6_backward(self, *tensors):
+    def wkv6_backward(self, *tensors, segment=0):
         """The backward pass of wkv6.native.cuda_kernels."""
         from rwkv.wkv.wkv6 import native
 
-        return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM).backward(*tensors)
+        return native.cuda_kernels(tensors[0], DEVICE, lambda: STREAM, segment).backward(*tensors)
 
     def wkv7_kernels(self, r, chunks):
         """The kernels by chunks with so many per launch; those token by token for 0."""

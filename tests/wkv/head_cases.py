@@ -69,7 +69,9 @@ class Operator:
         assert_close(fast, self.in_fp64(tensors, state, reset, initial))
 
 
-WKV6 = Operator("wkv6", wkv6, "cuda, cpu, reference", reference6, inputs6, by_token=4, interval=64, atol=1e-5)
+WKV6 = Operator(
+    "wkv6", wkv6, "cuda, cpu, reference, cuda-chunk", reference6, inputs6, by_token=4, interval=64, atol=1e-5
+)
 WKV7 = Operator(
     "wkv7", wkv7, "cuda, cpu, reference, cuda-chunk", reference7, inputs7, by_token=6, interval=16, atol=1e-6
 )

@@ -215,6 +215,7 @@ def test_workspace_of_the_cuda_kernels(size):
         text = (build.SOURCES / name / f"{name}_args.h").read_text(encoding="utf-8")
         constants |= {key: int(value) for key, value in re.findall(r"\b(WKV[67]_\w+) = (\d+)", text)}
     c = SimpleNamespace(**constants)
+    assert native6.SAVE_INTERVAL == c.WKV6_SAVE_INTERVAL
     states = c.WKV6_SAVE_INTERVAL // c.WKV6_STATES - 1
     blocks = 1 if size <= 64 else size // 16
     assert native6.workspace_bytes(5, size) == 4 * states * c.WKV6_TILE * 32 * c.WKV6_WARPS * 5 * blocks

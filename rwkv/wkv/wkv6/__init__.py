@@ -41,7 +41,8 @@ def wkv6(
         initial: [B, H, N, N] fp32, the state at a document start; None: `state`. Pass it if `state`
             is carried over from earlier tokens.
         impl: "cuda" or "cpu" (compiled), "reference" (a loop over time), or "auto": the first one
-            available.
+            available. "cuda-chunk": segments of the sequence in parallel, for few heads on GPUs;
+            not chosen by "auto", as it has not been run on a GPU.
 
     Returns:
         y [B, T, H, N] in r's dtype, and the state [B, H, N, N] fp32 after the last token.
@@ -55,6 +56,11 @@ def wkv6(
     others = {"w": (w, by_head if w.dim() == 2 else by_token), "u": (u, by_head)}
     heads.check(r, {"k": k, "v": v}, others, state, reset, initial)
     implementations: dict[str, Callable[..., Any]]
-    implementations = {"cuda": native.wkv6, "cpu": native.wkv6, "reference": reference.wkv6}
+    implementations = {
+        "cuda": native.wkv6,
+        "cpu": native.wkv6,
+        "reference": reference.wkv6,
+        "cuda-chunk": native.wkv6_chunk,  # after the reference, which is always available
+    }
     run = dispatch.choose("wkv6", implementations, impl, r)
     return run(r, w, k, v, u, state, reset, state if initial is None else initial)
