@@ -68,8 +68,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, recompute):
         trained = ctx.needs_input_grad[1]
-        ctx.recompute, ctx.quantised, ctx.dtype = recompute.function, quantised(weight), weight.dtype
-        weight = weight if ctx.quantised else bf16_copy.cached(weight, x.dtype)
+        ctx.recompute, ctx.quantised = recompute.function, quantised(weight)
+        if not ctx.quantised:
+            ctx.dtype, weight = weight.dtype, bf16_copy.cached(weight, x.dtype)
         ctx.save_for_backward(None if ctx.quantised else weight, *(recompute.inputs if trained else ()))
         return linear_forward(rows(x), weight).view(*x.shape[:-1], -1)
 
