@@ -20,6 +20,7 @@ class _Copy:
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self._key: tuple[int, int] | None = None
+        self._source: Tensor | None = None  # the weight's memory: nothing else gets its address
 
     def current(self, weight: Tensor) -> Tensor:
         """The copy, made again if it is not that of the weight's present values."""
@@ -36,7 +37,7 @@ class _Copy:
         return self.tensor
 
     def written(self, weight: Tensor) -> None:
-        self._key = _key(weight)
+        self._key, self._source = _key(weight), weight.detach()
 
 
 def _key(weight: Tensor) -> tuple[int, int]:

@@ -58,6 +58,13 @@ def _replace(w):
     w.data = w.data * 2
 
 
+def _replace_twice(w):
+    """The second time with memory that may have the address of the first."""
+    values = w.detach().clone()
+    w.data = torch.zeros_like(w)
+    w.data = values * 2
+
+
 def _reshape(w):
     w.data = torch.ones(3, 5)
 
@@ -67,7 +74,7 @@ def _step(w):
     torch.optim.SGD([w], lr=0.1).step()
 
 
-@pytest.mark.parametrize("change", [_write, _load, _replace, _reshape, _step])
+@pytest.mark.parametrize("change", [_write, _load, _replace, _replace_twice, _reshape, _step])
 def test_made_again_after_a_change(change):
     w = kept()
     assert_current(w)
