@@ -3,8 +3,8 @@
 All sizes are in bytes. Shapes are those of the model (rwkv.models.rwkv.shapes). The rules:
 
     weights      4 per element (autocast keeps fp32 masters), 2 for frozen matrices stored in bf16
-                 (also RWKV-7's low-rank ones), 0.52 in nf4, 1 in int8 and fp8; `e` under DeepSpeed. With
-                 bf16_copies 6 for trained linear layers and head
+                 (also RWKV-7's low-rank ones), 0.52 in nf4, 1 in int8 and fp8; `e` under DeepSpeed.
+                 With bf16_copies 6 for trained linear layers and head
     gradients    4 per trained element, freed after the step; `e` under DeepSpeed; twice with DDP
                  (its buckets)
     optimizer    Adam 8 per trained element, 12 under DeepSpeed (with its fp32 master); Adafactor a
