@@ -71,7 +71,8 @@ class LoRAConfig(TrainConfig):
     """The adapter's output is scaled by lora_alpha / lora_r. Stored beside the adapter; merging
     reads it there."""
     lora_dropout: float = 0.01
-    """Dropout on the input of the adapter."""
+    """Probability with which elements of the adapter's input are set to 0 in training, against
+    overfitting. 0: none."""
     lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8", "fp8"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
     in bf16), else fp32. nf4 (QLoRA: 4 bits, a quarter of bf16) and int8 (half of bf16) quantise

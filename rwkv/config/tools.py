@@ -47,7 +47,7 @@ class MergeConfig:
     """Compare merged with base + adapter on this many random tokens (in fp32: needs 4 bytes per
     parameter). 0: no check."""
     use_gpu: bool = False
-    """Compute on the GPU."""
+    """Merge and compare on the GPU, which must hold the model in fp32; else on the CPU."""
     force: bool = False
     """Replace existing output."""
 

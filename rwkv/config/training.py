@@ -73,7 +73,8 @@ class Length:
     optimizer steps (upstream's counts batches, so its learning rate decays that many times too
     slowly)."""
     epoch_steps: int = 1000
-    """Batches per epoch, whatever the size of the data."""
+    """Batches per epoch, whatever the size of the data: an epoch is only the interval between
+    checkpoints (epoch_save) and the unit of epoch_count."""
     epoch_count: int = 500
     """Number of epochs, counted from epoch 0. (Upstream's trainer never stops by itself.)"""
     epoch_begin: int = 0
@@ -175,8 +176,9 @@ class Optimizer:
     """Learning rate and optimizer."""
 
     lr_init: float = 6e-4
-    """Initial learning rate. The embedding of a new RWKV-4 model is uniform in ± lr_init, of a new
-    RWKV-5, 6 or 7 model in ±1e-4."""
+    """Initial learning rate. Try 1e-4 for LoRA, 1e-5 for full fine-tuning, 6e-4 to pretrain a small
+    model; lower it if the loss jumps. The embedding of a new RWKV-4 model is uniform in ± lr_init,
+    of a new RWKV-5, 6 or 7 model in ±1e-4."""
     lr_final: float = 1e-5
     """Final learning rate, reached by lr_schedule from lr_init."""
     lr_schedule: Literal["auto", "exp", "linear", "cosine", "wsd", "constant"] = "auto"
@@ -191,7 +193,7 @@ class Optimizer:
     warmup_steps: int = -1
     """Optimizer steps of linear warm-up, as upstream from 20% of the learning rate (RWKV-4) or 1%
     (later versions); also applies to a constant learning rate (in the LoRA fork only to a decaying
-    one)."""
+    one). -1: none; in a continued stage (my_pile_stage) upstream's 10 or 30."""
     my_pile_edecay: int = 0
     """Epochs before the learning rate starts to decay."""
     my_exit_tokens: int = 0
@@ -252,7 +254,7 @@ class Machine:
     devices: int = 1
     """Number of GPUs, or of processes on a CPU, per machine."""
     num_nodes: int = 1
-    """Number of machines."""
+    """Number of machines. On each, run scripts/launch.sh (see its --help) or torchrun."""
     strategy: str = "auto"
     """auto: ddp with several devices, none with one. ddp: also with one device. deepspeed_stage_1,
     2, 3: shard the optimizer state (1), also the gradients (2), also the parameters (3); with
