@@ -277,7 +277,7 @@ def _fp8_product(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
     scale of its own. GPUs return bf16 for scales by row, so the product is rounded to bf16.
     """
     of_rows = _fp8_scale(x.abs().amax(1, keepdim=True).float())
-    rounded = (x / of_rows).to(matrix.dtype)
+    rounded = (x / of_rows).to(matrix.dtype).contiguous()
     of_columns = scale.expand(1, matrix.shape[1]).contiguous()
     newer: Any = torch  # the stubs are those of 1.13.1
     product = newer._scaled_mm(rounded, matrix, scale_a=of_rows, scale_b=of_columns, out_dtype=torch.bfloat16)

@@ -212,6 +212,36 @@ def test_fp8_is_the_nearest_number_of_e4m3():
 
 
 @fp8_only
+def test_fp8_operands_as_gpus_need_them(monkeypatch):
+    """CPUs take any layout. GPUs: the first matrix by rows, the second by columns, sizes that are
+    multiples of 16, and for scales by row and column a result in bf16 (checks of torch._scaled_mm).
+    """
+    calls, product = [], torch._scaled_mm
+
+    def checked(a, b, scale_a, scale_b, out_dtype):
+        assert a.dtype == b.dtype == torch.float8_e4m3fn
+        assert a.stride() == (a.shape[1], 1)
+        assert b.stride() == (1, b.shape[0])
+        assert b.shape[0] % 16 == b.shape[1] % 16 == 0
+        assert (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[1]))
+        assert scale_a.is_contiguous()
+        assert scale_b.is_contiguous()
+        assert scale_a.dtype == scale_b.dtype == torch.float32
+        assert out_dtype == torch.bfloat16
+        calls.append(a.shape)
+        return product(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", checked)
+    matrix, by_columns = FP8(torch.randn(48, 32)), torch.randn(32, 6).t()
+    for x in (torch.randn(2, 3, 32), by_columns, torch.ones(1).expand(6, 32)):
+        y = linear(x.clone(memory_format=torch.preserve_format).requires_grad_(), matrix)
+        y.sum().backward()  # an expanded gradient
+        y = linear(by_columns.clone().requires_grad_(), matrix)
+        y.backward(torch.randn(48, 6).t())
+    assert len(calls) == 12
+
+
+@fp8_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fp8_products(dtype):
     """x Wᵀ and g W of the rounded numbers, computed in fp64."""
