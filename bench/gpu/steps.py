@@ -28,7 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv.adapters import lora
 from rwkv.config import TrainConfig
+from rwkv.kernels import quant
 from rwkv.kernels.head_loss import head_loss
+from rwkv.kernels.linear import Matrix
 from rwkv.memory import estimate
 from rwkv.memory.parts import matrices
 from rwkv.memory.plan import Plan
@@ -53,6 +55,8 @@ class Row(NamedTuple):
     grad_cp: bool = False
     graph: bool = False
     profiled: bool = False
+    base: str = "bf16"  # --lora_base
+    copies: bool = False  # --bf16_copies
 
 
 ROWS = (
@@ -73,11 +77,14 @@ ROWS = (
     Row("RWKV-7 1.5b LoRA B1, graph", "7", "1.5b", "lora", 1, graph=True),
     Row("RWKV-7 1.5b LoRA B4, graph", "7", "1.5b", "lora", 4, graph=True),
     Row("RWKV-6 1.6b LoRA B1, graph", "6", "1.6b", "lora", 1, graph=True),
+    Row("1.5b LoRA B8, graph, nf4", "4", "1.5b", "lora", 8, graph=True, base="nf4"),
+    Row("1.5b LoRA B8, graph, fp8", "4", "1.5b", "lora", 8, graph=True, base="fp8"),
+    Row("0.1b full B8, copies", "4", "0.1b", "full", 8, copies=True),
 )
 
 
 def random_model(row: Row, sizes: Any, device: str) -> RWKV:
-    """A model with random weights, made on the device; matrices in bf16 for LoRA."""
+    """A model with random weights, made on the device; matrices in bf16 for LoRA, or quantised."""
     model = RWKV(sizes, row.grad_cp, device="meta")
     generator = torch.Generator(device).manual_seed(0)
     special = {"weight": 1.0, "bias": 0.0, "time_first": -1.2}
@@ -92,7 +99,13 @@ def random_model(row: Row, sizes: Any, device: str) -> RWKV:
         else:
             value.fill_(special.get(name.split(".")[-1], 0.5))
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value))
+        layer: Any = model.get_submodule(module)
+        if row.base in quant.KINDS and lora.is_quantisable(name, value.shape):
+            layer.set_quantised(quant.KINDS[row.base](value.cpu()).to(device))
+            continue
+        setattr(layer, leaf, torch.nn.Parameter(value))
+        if row.copies and isinstance(layer, Matrix):
+            layer.keep_bf16_copy()
     if row.kind == "lora":
         lora.inject(model, ["att"], 8, 32, row.dropout)
         lora.mark_trainable(model, ["att", "ln", "time"])
@@ -141,7 +154,7 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     model = random_model(row, sizes, device)
-    adam = optimizer.make(model, TrainConfig(lr_init=1e-5))
+    adam = optimizer.make(model, TrainConfig(lr_init=1e-5, bf16_copies=int(row.copies)))
     ids = torch.randint(row.vocab, (row.batch, row.tokens + 1), device=device)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -184,6 +197,8 @@ def measure(row: Row, device: str, tiny: bool, peak: float, steps: int = 6) -> d
         grad_cp=row.grad_cp,
         gpu=on_gpu,
         graph=row.graph,
+        base=row.base,
+        bf16_copies=row.copies,
     )
     found = {
         **row._asdict(),

@@ -236,8 +236,10 @@ class FP8(Quantised):
     kind, _tensors = "fp8", ("q", "scale")
 
     def __init__(self, weight: Tensor):
-        """Quantise a matrix on a CPU, some rows at a time."""
+        """Quantise a matrix on a CPU, some rows at a time. RuntimeError on torch 1."""
         super().__init__(weight.shape)
+        if compat.float8() is None:
+            raise RuntimeError("fp8 needs torch 2 (the modern stack): torch 1 has no float8")
         self.q = torch.empty(self.shape, dtype=compat.float8())
         parts = weight.detach().split(max(1, _CHUNK // max(1, self.shape[1])))
         self.scale = _fp8_scale(torch.stack([part.abs().max().float() for part in parts]).max()).view(1, 1)
