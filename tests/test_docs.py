@@ -134,6 +134,20 @@ def test_links_and_images_resolve(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def anchors(page):
+    """Of the headings of a page, as GitHub and its Markdown viewers name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_to_headings_resolve(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert anchor in anchors(page.parent / target if target else page), (target, anchor)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_named_in_text_exist(page):
     for path in re.findall(

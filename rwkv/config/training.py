@@ -218,10 +218,11 @@ class Optimizer:
     or on_nan skip, which need all gradients."""
     bf16_copies: Literal[0, 1] = 0
     """1: training all weights in bf16, keep a bf16 copy of the matrices of linear layers and head
-    beside their fp32 weights; the optimizer's step writes it. 0: every forward and backward pass
-    casts them again. Losses and weights are the same bit for bit. The fewer tokens a batch has, the
-    more time it saves; it takes 2 bytes per parameter of these matrices. Only with adam; not with
-    DeepSpeed or a CUDA graph. Checkpoints do not contain it; may change when a run is resumed."""
+    beside their fp32 weights; the optimizer's step writes it. 0: they are cast in every forward and
+    backward pass. Losses and weights are the same bit for bit. It saves a few percent of the time
+    of a step with few tokens, and takes 2 bytes per parameter of these matrices. Only with adam;
+    not with DeepSpeed. On one GPU it excludes the CUDA graph, which saves more. Checkpoints do not
+    contain it; may change when a run is resumed."""
     beta1: float = 0.9
     """Adam's β₁: decay of the running mean of gradients."""
     beta2: float = 0.99
@@ -273,8 +274,8 @@ class Machine:
     """On one GPU, capture the forward and backward pass of the blocks once as a CUDA graph and
     replay it in every step, so that Python does not start each kernel: small batches train several
     times as fast. on: end with an error if that is not possible (several devices, DeepSpeed,
-    tbptt_len, grad_cp with dropout, release_grads). Gradients and activations stay allocated for
-    the whole run."""
+    tbptt_len, grad_cp with dropout, release_grads, bf16_copies). Gradients and activations stay
+    allocated for the whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
     predicted memory fits, without changing the effective batch of micro_bsz samples. If nothing

@@ -3,7 +3,8 @@ time.
 
 A copy is an attribute of its weight, so no checkpoint contains it. It is valid for a version of the
 weight's values and an address; if someone has written the weight since, or replaced its memory, it
-is made again before it is used. (Like autograd, this does not notice writes to `weight.data`.)
+is made again before it is used. (Like autograd, this does not notice writes to `weight.data`, nor
+those of torch.distributed to a tensor that shares the weight's memory.)
 """
 
 from collections.abc import Iterable
@@ -33,7 +34,8 @@ class _Copy:
     def memory(self, weight: Tensor) -> Tensor:
         """Where the copy is; whoever writes it then calls `written`."""
         if self.tensor is None or (self.tensor.shape, self.tensor.device) != (weight.shape, weight.device):
-            self.tensor = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+            with torch.inference_mode(False):  # else training could not save it for the backward pass
+                self.tensor = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
         return self.tensor
 
     def written(self, weight: Tensor) -> None:

@@ -64,6 +64,11 @@ def _divisors(number: int) -> list[int]:
 
 def changes(p: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that reduce memory, as (flags, changed plan), the cheapest first."""
+    if p.bf16_copies:  # which most others exclude
+        without = replace(p, bf16_copies=False)
+        yield "--bf16_copies 0", without
+        yield from ((f"--bf16_copies 0, {flags}", q) for flags, q in changes(without))
+        return
 
     def flags(q: Plan) -> str:
         words = []

@@ -205,7 +205,7 @@ def check_bf16_copies(c: TrainConfig) -> None:
     if not c.bf16_copies:
         return
     wrong = {
-        f"{c.trains} has frozen matrices, which are stored in bf16 anyway": bool(c.adapter),
+        f"{c.trains} trains no linear layers of the model; use scripts/finetune.py": bool(c.adapter),
         f"with --strategy {c.strategy} DeepSpeed keeps bf16 weights beside fp32 ones anyway": bool(strategy.zero(c)),
         "with --optimizer adamw8bit the matrices are bf16 anyway": c.optimizer == "adamw8bit",
         f"--optimizer {c.optimizer} does not write them; use adam": c.optimizer in ("muon", "adafactor"),

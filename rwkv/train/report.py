@@ -104,6 +104,7 @@ def types(c: TrainConfig, model: RWKV) -> str:
     return (
         f"{precision}: {weights}"
         + (f", frozen weights {'/'.join(stored[False])}" if stored[False] else "")
+        + (", matmuls with them in fp8, rounded to bfloat16" if "fp8" in stored[False] else "")
         + f", matmuls {matmuls}, WKV inputs {inputs}, WKV computation float32, loss float32"
         + (", scaled" if precision == "fp16" else "")
     )

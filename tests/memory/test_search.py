@@ -69,6 +69,18 @@ def test_no_adafactor_with_deepspeed(strategy, optimizer):
     assert not any(q.optimizer == "adafactor" and q.stage for q in changed)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_copies_are_dropped_first(gpu):
+    """Other changes, such as adamw8bit and DeepSpeed, are rejected with --bf16_copies 1."""
+    plan = Plan(published("0.4b"), lora=False, bf16_copies=True, grad_cp=True, ctx_len=256, gpu=gpu)
+    (first, without), *others = search.changes(plan)
+    assert (first, without) == ("--bf16_copies 0", replace(plan, bf16_copies=False))
+    assert estimate(without).total < estimate(plan).total
+    assert len(others) > 3
+    assert not any(q.bf16_copies for _, q in others)
+    assert all(flags.startswith("--bf16_copies 0, ") for flags, _ in others)
+
+
 def test_readme_table(root, script):
     table = script("estimate.py", "--table", fresh=True).stdout.strip()
     assert table == search.table()

@@ -148,7 +148,9 @@ def test_rejected(flags, reason):
 @pytest.mark.parametrize("kind", [LoRAConfig, StateConfig, DPOConfig])
 def test_not_for_adapters(kind, make_base, make_data, tmp_path):
     flags = {"load_model": str(make_base()), "data_file": make_data(200), "proj_dir": str(tmp_path / "run")}
-    with pytest.raises(UserError, match="--bf16_copies 1: .* has frozen matrices, which are stored in bf16 anyway"):
+    with pytest.raises(
+        UserError, match="--bf16_copies 1: .* trains no linear layers of the model; use scripts/finetune.py, or omit"
+    ):
         fit(kind(**{**TUNE, "precision": "bf16"}, **flags, **COPIES))
 
 

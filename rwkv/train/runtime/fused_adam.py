@@ -52,8 +52,8 @@ def like_step(number: torch.Tensor) -> torch.Tensor:
 
 
 def set_clip(optimizer: Any, limit: float) -> torch.Tensor:
-    """Clip the gradients of the next step, within the step, to a norm of `limit`: as
-    torch.nn.utils.clip_grad_norm_, which reads and writes all gradients before the step.
+    """Clip the gradients of the next step to a norm of `limit`, as torch.nn.utils.clip_grad_norm_,
+    but within the step, whose kernel reads every gradient anyway.
 
     The step divides gradients by max(1, (norm + 1e-6) / limit); clip_grad_norm_ multiplies them by
     the reciprocal, which may differ in the last bit. If the norm is NaN, so are all gradients.

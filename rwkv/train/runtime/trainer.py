@@ -53,9 +53,11 @@ def check_fp8(c: TrainConfig) -> None:
     instead = "use --lora_base int8, of the same size"
     if compat.float8() is None:
         raise UserError(f"--lora_base fp8 needs the modern stack (STACK=modern); here {instead}")
-    if machine.use_gpu(c.accelerator) and (lowest := min(_capabilities(c))) < (9, 0):
+    if machine.use_gpu(c.accelerator) and (lowest := min(_capabilities(c))) < (8, 9):
         name = torch.cuda.get_device_name(_capabilities(c).index(lowest))
-        raise UserError(f"--lora_base fp8 needs GPUs since Hopper (compute capability 9.0), not {name}; {instead}")
+        raise UserError(
+            f"--lora_base fp8 needs Ada, Hopper or later GPUs (compute capability 8.9), not {name}; {instead}"
+        )
 
 
 def _capabilities(c: TrainConfig) -> list[tuple[int, int]]:
