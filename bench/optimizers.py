@@ -40,9 +40,9 @@ from rwkv.config import TrainConfig
 from rwkv.kernels import adamw, load
 from rwkv.models import RWKV
 from rwkv.models.v7 import PARTS, Sizes
-from rwkv.train.loop import adam, muon, optimizer
+from rwkv.train.loop import muon, optimizer
 from rwkv.train.loop.adamw8bit import AdamW8bit
-from rwkv.train.runtime import cpu
+from rwkv.train.runtime import cpu, fused_adam
 
 T, B, RATE, WARMUP = 64, 8, 2e-3, 50
 FP32 = ("adam", "muon", "muon-low-rank")
@@ -104,7 +104,7 @@ def train(kind: str, peak: float, seed: int, steps: int, layers: int, width: int
         elif isinstance(opt, muon.Muon):
             torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
         else:
-            norm = adam.total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norm = fused_adam.total_norm([p.grad for p in model.parameters() if p.grad is not None])
             opt.clip = float(torch.clamp(1 / (norm + 1e-6), max=1))
         opt.step()
         opt.zero_grad(set_to_none=True)

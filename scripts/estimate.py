@@ -13,6 +13,7 @@ import json
 
 from rwkv.cli import parse, report_errors
 from rwkv.config import EstimateConfig
+from rwkv.config.methods import QUANTISED_BASES
 from rwkv.errors import UserError
 
 COLUMNS = (
@@ -58,8 +59,7 @@ def check(c: EstimateConfig) -> None:
     wrong = {
         "--optimizer muon is for --method full": c.optimizer == "muon" and lora,
         f"--optimizer {c.optimizer} is not supported with --strategy {c.strategy}": c.optimizer != "adam" and sharded,
-        f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base
-        in ("nf4", "int8", "fp8")
+        f"--lora_base {c.lora_base} is not supported with --strategy {c.strategy}": c.lora_base in QUANTISED_BASES
         and lora
         and sharded,
         "--release_grads 1 needs --optimizer adamw8bit": c.release_grads and c.optimizer != "adamw8bit",

@@ -18,6 +18,9 @@ from rwkv.config.training import (
     Validation,
 )
 
+QUANTISED_BASES = ("nf4", "int8", "fp8")
+"""Values of lora_base that quantise the base."""
+
 
 @dataclass
 class TrainConfig(Logging, Machine, Optimizer, Validation, Documents, Sampling, Length, Objective, ModelSize, Paths):
@@ -102,7 +105,7 @@ class LoRAConfig(TrainConfig):
     @property
     def quantised(self) -> str | None:
         """nf4, int8 or fp8, if the base is quantised."""
-        return self.lora_base if self.lora_base in ("nf4", "int8", "fp8") else None
+        return self.lora_base if self.lora_base in QUANTISED_BASES else None
 
     @property
     def alpha(self) -> float:

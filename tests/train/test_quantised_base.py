@@ -10,6 +10,7 @@ import torch
 from rwkv import checkpoint, compat, merge
 from rwkv.adapter_files import load_tuned
 from rwkv.config import LoRAConfig, TrainConfig
+from rwkv.config.methods import QUANTISED_BASES
 from rwkv.data.binidx_writer import writer
 from rwkv.errors import UserError
 from rwkv.files import sha256
@@ -189,6 +190,10 @@ def test_bf16_run(trained, tmp_path):
     )
     assert result.steps == 2
     assert 0 < result.last_loss < 5
+
+
+def test_every_kind_is_a_flag():
+    assert set(QUANTISED_BASES) == set(quant.KINDS)
 
 
 def test_errors(trained, tmp_path):

@@ -21,6 +21,12 @@ def inputs6(batch, length, heads, size, *, scale=1.0, constant=False, seed=0):
     return [r, -torch.exp(scale * raw), k, v, torch.randn(heads, size, generator=g)]
 
 
+def decays_at_both_ends(like):
+    """Log-decays of this shape in random order: from e^(−8100), which is 0 in fp32, to 1 − 6e-6."""
+    order = torch.randperm(like.numel(), generator=torch.Generator().manual_seed(0))
+    return -torch.exp(torch.linspace(-12, 9, like.numel())[order]).view_as(like)
+
+
 def inputs7(batch, length, heads, size, *, scale=1.0, seed=0):
     """r, w, k, v, a, b as in the model; `scale` of the decay before its sigmoid."""
     g = torch.Generator().manual_seed(seed)

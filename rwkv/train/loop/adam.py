@@ -69,8 +69,3 @@ class FusedAdam(torch.optim.Adam):
         )
         torch.ops.rwkv.adam(p, gradient.contiguous(), *moments, *hyperparameters, bf16_copy.memory(p))
         bf16_copy.written(p)
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients, a scalar; 0 for an empty list."""
-    return torch.norm(torch.stack([torch.norm(g) for g in gradients])) if gradients else torch.tensor(0.0)

@@ -128,7 +128,7 @@ class TrainingModule(pl.LightningModule):
         gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.config.grad_clip or math.inf
         if isinstance(own := self.trainer.optimizers[0], adam.FusedAdam):
-            self.grad_norm = adam.total_norm([p.grad for p in gradients])
+            self.grad_norm = fused_adam.total_norm([p.grad for p in gradients])
             own.clip = float(torch.clamp(limit / (self.grad_norm + 1e-6), max=1))
         elif isinstance(own, AdamW8bit):
             self.grad_norm = own.set_clip(limit)

@@ -66,16 +66,16 @@ def set_clip(optimizer: Any, limit: float) -> torch.Tensor:
         The norm of all gradients before clipping, a scalar.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = _total_norm(gradients)
+    newer: Any = torch.nn.utils  # the stubs are those of 1.13.1
+    norm = total_norm(gradients) if compat.stack() == "cu117" else newer.get_total_norm(gradients)
     optimizer.grad_scale = like_step(torch.clamp((norm.float() + 1e-6) / limit, min=1))
     return norm
 
 
-def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The norm as torch.nn.utils.clip_grad_norm_ computes it."""
-    newer: Any = torch.nn.utils  # the stubs are those of 1.13.1
-    if compat.stack() != "cu117":
-        return newer.get_total_norm(gradients)
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all gradients, a scalar; 0 for an empty list. As clip_grad_norm_ of torch 1.13.1
+    (that of torch 2 launches fewer kernels on GPUs).
+    """
     return torch.norm(torch.stack([torch.norm(g) for g in gradients])) if gradients else torch.tensor(0.0)
 
 

@@ -4,7 +4,16 @@ constant or recomputed decay.
 
 import pytest
 import torch
-from head_cases import WKV6, assert_close, assert_half_is_rounded_fp32, inputs6, outputs_and_gradients, starts, states
+from head_cases import (
+    WKV6,
+    assert_close,
+    assert_half_is_rounded_fp32,
+    decays_at_both_ends,
+    inputs6,
+    outputs_and_gradients,
+    starts,
+    states,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,10 +69,9 @@ def test_constant_decay_half_is_rounded_fp32(dtype):
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_decays_at_both_ends(constant):
-    """From e^(−8100), which is 0 in fp32, to 1 − 6e-6: finite, and as the reference in float64."""
+    """Finite, and as the reference in float64."""
     tensors = inputs(1, 70, 2, 64, constant=constant)
-    raw = torch.linspace(-12, 9, tensors[1].numel())[torch.randperm(tensors[1].numel())]
-    tensors[1] = -torch.exp(raw).view_as(tensors[1])
+    tensors[1] = decays_at_both_ends(tensors[1])
     found = outputs_and_gradients(cpu, tensors, states(1, 2, 64))
     assert all(x.isfinite().all() for x in found.values())
     check(tensors, states(1, 2, 64))
