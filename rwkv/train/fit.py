@@ -67,15 +67,15 @@ def _train(
     """Train from `state`, or from the start, to the last step or until the run is stopped."""
     begin = (state.step, state.samples) if state else None
     last = state.step if state and callbacks.best.exhausted else None  # --patience has ended the run
-    trainer = make_trainer(run, callbacks.all)
     module = TrainingModule(model, data.training, run.flags, begin, facts(run, data.manifest, model), last)
     with (
         ranks.passing_flags(),
-        peers.children_end_with_this_process(),
+        peers.started(run.flags.devices, run.flags.num_nodes),
         callbacks.monitor.explain_errors(),
         peers.explain_errors(run.flags.world_size),
         callbacks.inputs.explain_errors(),
     ):
+        trainer = make_trainer(run, callbacks.all)
         compat.fit(trainer, module)
     return trainer, module
 

@@ -18,7 +18,7 @@ def check(c: TrainConfig) -> None:
     """Check that a launcher started as many processes as the flags specify. Called before the rank
     is used.
 
-    Without a launcher Lightning starts the processes. A Slurm allocation with one process (sbatch
+    Without a launcher rank 0 starts the others (see `peers.started`). A Slurm allocation with one process (sbatch
     or salloc without srun, or one task) is not a launcher, but Lightning would treat it as one, so
     the job is marked as interactive.
 
@@ -38,7 +38,7 @@ def check(c: TrainConfig) -> None:
         _compare(c, "srun", "SLURM_NTASKS")
         if "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning raises RuntimeError
             raise UserError(f"srun without --ntasks-per-node: pass --ntasks-per-node {c.devices}; or {_ADVICE}")
-    elif "LOCAL_RANK" in os.environ:  # by Lightning, or set by hand
+    elif "LOCAL_RANK" in os.environ:  # by `peers.started`, or set by hand
         _not_slurm()
         if "WORLD_SIZE" in os.environ:
             _compare(c, "the environment", "WORLD_SIZE")
@@ -52,6 +52,14 @@ def check(c: TrainConfig) -> None:
         )
     else:
         _not_slurm()
+
+
+def is_used() -> bool:
+    """Whether all processes of the run have been started: by a launcher, by hand, or, in a rank that
+    rank 0 has started, by rank 0.
+    """
+    srun = _slurm_tasks() > 1 and "SLURM_STEP_ID" in os.environ
+    return srun or "LOCAL_RANK" in os.environ or "JSM_NAMESPACE_SIZE" in os.environ  # jsrun of LSF
 
 
 def _compare(c: TrainConfig, launcher: str, name: str) -> None:

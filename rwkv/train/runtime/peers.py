@@ -1,19 +1,30 @@
-"""The processes of a run: ranks end when the process that started them ends, and report when
-another rank has ended.
+"""The processes of a run on one machine: rank 0 starts the others, which end when it ends; a rank
+reports when another has ended.
 """
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+
+import torch
 
 from rwkv.errors import UserError
+from rwkv.train.runtime import launcher
 from rwkv.train.runtime.process import environment
 
 _STARTED_BY = "RWKV_STARTED_BY"  # environment variable of ranks started by rank 0: its process id
 _SET_PDEATHSIG = 1  # of prctl(2)
+_GRACE_SECONDS = 120.0  # long enough for rank 0 to save, and to report an error of its own
+_ADVICE = (
+    "if there is none, it was killed, perhaps because it ran out of memory (see dmesg). Run the same command to resume from the last"
+    " saved state"
+)
 # error messages of gloo, NCCL and torch's store when another process has ended
 _SIGNS = (
     "Connection closed by peer",
@@ -45,9 +56,68 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def children_end_with_this_process() -> AbstractContextManager[None]:
-    """Make ranks started in this block end with this process (see `end_with_parent`)."""
-    return environment(_STARTED_BY, str(os.getpid()))
+@contextlib.contextmanager
+def started(ranks: int, nodes: int) -> Iterator[None]:
+    """Start the other ranks of this machine with the command of this process, unless a launcher has
+    started them; they end with this process (see `end_with_parent`). The trainer is to be created in
+    this block.
+
+    If one of them fails, and this process has not ended by itself two minutes later because it waits
+    for that rank in a collective operation, it is ended with exit status 1. Ranks that Lightning
+    starts would kill the others after 3 s (torch 1) or 5 s (torch 2), before they can report errors
+    of their own.
+
+    Args:
+        ranks: number of processes on this machine.
+        nodes: number of machines.
+    """
+    if ranks == 1 or launcher.is_used():
+        yield
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("NODE_RANK", "0")
+    os.environ["WORLD_SIZE"] = str(ranks * nodes)
+    os.environ["LOCAL_RANK"] = "0"  # from this Lightning concludes that the ranks have been started
+    with environment(_STARTED_BY, str(os.getpid())):
+        children = [subprocess.Popen(_command(), env=os.environ | {"LOCAL_RANK": str(i)}) for i in range(1, ranks)]
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(children, left), name="ranks", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def _command() -> list[str]:
+    spec = sys.modules["__main__"].__spec__  # of python -m
+    return [sys.executable, *(["-m", spec.name] if spec else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
+
+
+def _watch(children: list[subprocess.Popen], left: threading.Event) -> None:
+    """Wait until `left` is set, or until a child has failed; then end this process if `left` is not
+    set within the grace period.
+    """
+    while not left.wait(1):
+        for rank, child in enumerate(children, 1):
+            if child.poll() and not left.wait(_GRACE_SECONDS):
+                print(
+                    f"error: rank {rank} of this machine (process {child.pid}) ended with exit status {child.returncode}, and rank 0 has waited"
+                    f" for it for {_GRACE_SECONDS:g} s. See its error message; {_ADVICE}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)  # the main thread cannot be interrupted in a collective operation
 
 
 @contextlib.contextmanager
@@ -70,6 +140,5 @@ def explain_errors(ranks: int) -> Iterator[None]:
         if not lines:
             raise
         raise UserError(
-            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its error message; if there is none, it was killed, perhaps"
-            " because it ran out of memory (see dmesg). Run the same command to resume from the last saved state"
+            f"another process of this run has ended or cannot be reached ({lines[0][:200]}). See its error message; {_ADVICE}"
         ) from error

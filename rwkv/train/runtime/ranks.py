@@ -23,7 +23,7 @@ from rwkv.train.runtime import strategy
 from rwkv.train.runtime.lightning import rank_zero_only
 from rwkv.train.runtime.process import environment
 
-_RESOLVED = "RWKV_RESOLVED_FLAGS"  # environment variable for the ranks that Lightning starts
+_RESOLVED = "RWKV_RESOLVED_FLAGS"  # environment variable for the ranks that rank 0 starts
 _WAIT = timedelta(minutes=30)  # timeout for an answer of rank 0
 _RUNS = itertools.count()  # number of runs in this process
 
@@ -51,7 +51,7 @@ _OWN = {
 class Ranks:
     """Passes rank 0's flags to the other ranks before the process group is initialised.
 
-    Ranks started by Lightning get them in an environment variable, ranks started by torchrun
+    Ranks that rank 0 starts get them in an environment variable, ranks started by torchrun
     through its store. With other launchers every rank resolves its own flags, and `compare` reports
     differences.
     """

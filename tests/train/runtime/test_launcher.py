@@ -19,6 +19,7 @@ NAMES = (
     "SLURM_JOB_NAME",
 )
 NAMES = (*NAMES, "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_PROCID")
+NAMES = (*NAMES, "JSM_NAMESPACE_SIZE")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
 BATCH = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0"}
 SRUN = {**BATCH, "SLURM_STEP_ID": "0"}
@@ -33,22 +34,24 @@ def environment(monkeypatch):
     return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
-VALID = [  # environment, processes of the flags, whether Lightning must ignore Slurm
-    ({}, 1, False),
-    ({}, 8, False),
-    (TORCHRUN, 2, False),
-    ({**TORCHRUN, **BATCH}, 2, True),
-    ({**TORCHRUN, **ALONE}, 2, True),
-    (SRUN, 8, False),
-    (BATCH, 1, True),  # sbatch or salloc without srun
-    (BATCH, 4, True),
-    (ALONE, 4, True),  # one task; Lightning starts the other processes
-    ({**SRUN, "SLURM_JOB_NAME": "interactive"}, 1, True),
-    ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2, False),  # started by Lightning
-    ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", **ALONE}, 2, True),
-    ({"WORLD_SIZE": "1", "RANK": "0"}, 1, False),
-    ({"OMPI_COMM_WORLD_SIZE": "1"}, 1, False),
-    ({"PMI_SIZE": "8", **SRUN}, 8, False),
+# environment, processes of the flags, whether a launcher has started them all, whether Lightning must ignore Slurm
+VALID = [
+    ({}, 1, False, False),
+    ({}, 8, False, False),
+    (TORCHRUN, 2, True, False),
+    ({**TORCHRUN, **BATCH}, 2, True, True),
+    ({**TORCHRUN, **ALONE}, 2, True, True),
+    (SRUN, 8, True, False),
+    (BATCH, 1, False, True),  # sbatch or salloc without srun
+    (BATCH, 4, False, True),
+    (ALONE, 4, False, True),  # one task; rank 0 starts the other processes
+    ({**SRUN, "SLURM_JOB_NAME": "interactive"}, 1, False, True),
+    ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2, True, False),  # started by rank 0
+    ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", **ALONE}, 2, True, True),
+    ({"WORLD_SIZE": "1", "RANK": "0"}, 1, False, False),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, 1, False, False),
+    ({"PMI_SIZE": "8", **SRUN}, 8, True, False),
+    ({"JSM_NAMESPACE_SIZE": "8"}, 8, True, False),
 ]
 
 
@@ -61,12 +64,13 @@ def test_number_of_a_machine_in_a_run_on_one(environment, name):
     launcher.check(TrainConfig(num_nodes=2))
 
 
-@pytest.mark.parametrize(("variables", "processes", "ignored"), VALID, ids=str)
-def test_valid_environment(environment, variables, processes, ignored):
+@pytest.mark.parametrize(("variables", "processes", "used", "ignored"), VALID, ids=str)
+def test_valid_environment(environment, variables, processes, used, ignored):
     environment(variables)
     before = os.environ.get("SLURM_JOB_NAME")
     launcher.check(TrainConfig(devices=processes))
     assert os.environ.get("SLURM_JOB_NAME") == ("interactive" if ignored else before)
+    assert launcher.is_used() == used
 
 
 INVALID = [

@@ -39,7 +39,7 @@ def children(pid):
 
 @pytest.fixture
 def two_ranks(start, make_base, make_data, tmp_path):
-    """A run of two processes; Lightning starts the second."""
+    """A run of two processes; the first starts the second."""
     flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
     process = start("finetune.py", *(word for key, value in flags.items() for word in (f"--{key}", value)))
     yield process
@@ -65,6 +65,40 @@ def test_killed_rank_ends_others(two_ranks, tmp_path):
     assert two_ranks.returncode == 1
     assert "error: another process of this run has ended or cannot be reached" in printed
     assert "Traceback" not in printed
+
+
+FAILED_RANK = """
+import os, sys, time
+from rwkv import compat
+from rwkv.train.runtime import peers
+if "LOCAL_RANK" in os.environ:
+    sys.exit(3)
+def fit(*arguments):
+    time.sleep({seconds})
+    raise RuntimeError("Connection closed by peer")
+compat.fit = fit
+peers._GRACE_SECONDS = {grace}
+exec(open({script!r}).read())  # unlike runpy it leaves sys.argv, the command of the other ranks
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "grace", "expected"),
+    [
+        (6, 120, "another process of this run has ended or cannot be reached"),  # Lightning would end it after 5 s
+        (10000, 0.1, r"rank 1 of this machine \(process \d+\) ended with exit status 3, and rank 0 has waited"),
+    ],
+    ids=["rank 0 notices", "rank 0 hangs"],
+)
+def test_failed_rank(seconds, grace, expected, start, make_base, make_data, tmp_path, root):
+    flags = FLAGS | {"load_model": make_base(), "data_file": make_data(300), "proj_dir": tmp_path / "run"}
+    program = tmp_path / "program.py"
+    script = str(root / "scripts/finetune.py")
+    program.write_text(FAILED_RANK.format(seconds=seconds, grace=grace, script=script))
+    result = start(program, *(word for key, value in flags.items() for word in (f"--{key}", value))).result()
+    assert result.returncode == 1
+    assert re.search(f"^error: {expected}", result.stderr, re.M), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_disk_full_with_two_ranks(start, make_base, make_data, tmp_path, root):
@@ -109,9 +143,12 @@ def test_rendezvous_timeout_recognised(message):
         raise TimeoutError(message)
 
 
-def test_environment_restored():
-    before = dict(os.environ)
-    with peers.children_end_with_this_process():
-        assert os.environ["RWKV_STARTED_BY"] == str(os.getpid())
-    assert dict(os.environ) == before
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks of a launcher"])
+def test_no_ranks_started(ranks, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if ranks == 2:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    before = dict(os.environ), children(os.getpid())
+    with peers.started(ranks, 1):
+        assert (dict(os.environ), children(os.getpid())) == before
     peers.end_with_parent()  # no effect in a process that no rank started
