@@ -59,13 +59,12 @@ def end_with_parent() -> None:
 @contextlib.contextmanager
 def started(ranks: int, nodes: int) -> Iterator[None]:
     """Start the other ranks of this machine with the command of this process, unless a launcher has
-    started them; they end with this process (see `end_with_parent`). The trainer is to be created in
-    this block.
+    started them; they end with this process (see `end_with_parent`). Lightning's trainer must be
+    created in this block.
 
-    If one of them fails, and this process has not ended by itself two minutes later because it waits
-    for that rank in a collective operation, it is ended with exit status 1. Ranks that Lightning
-    starts would kill the others after 3 s (torch 1) or 5 s (torch 2), before they can report errors
-    of their own.
+    If one of them fails, and this process has not ended by itself two minutes later because it
+    waits for that rank in a collective operation, it is ended with exit status 1. Lightning would
+    kill it within 5 s, before it can report an error of its own.
 
     Args:
         ranks: number of processes on this machine.
@@ -122,20 +121,12 @@ def _watch(children: list[subprocess.Popen], left: threading.Event) -> None:
 
 @contextlib.contextmanager
 def explain_errors(ranks: int) -> Iterator[None]:
-    """With several ranks: convert errors caused by the end of another rank to UserErrors, and
-    re-raise UserErrors that Lightning has wrapped.
-    """
+    """With several ranks: convert errors caused by the end of another rank to UserErrors."""
     try:
         yield
     except Exception as error:
         if ranks < 2 or isinstance(error, UserError):
             raise
-        chain: list[BaseException] = [error]
-        while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-            chain.append(inner)
-        for inner in chain:
-            if isinstance(inner, UserError):
-                raise inner from None
         lines = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in _SIGNS)]
         if not lines:
             raise
