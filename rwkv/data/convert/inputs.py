@@ -43,7 +43,9 @@ class Chunk:
     files: list[Source] | None = None
 
 
-def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)) -> Generator[Chunk, None, None]:
+def chunks(
+    sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)
+) -> Generator[Chunk, None, None]:
     """All records of the sources that belong to a shard, in order.
 
     The bytes of all sources are divided evenly among the shards. A record belongs to the shard in

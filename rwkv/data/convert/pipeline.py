@@ -151,7 +151,7 @@ def _convert(
     counts: Counter = Counter()
     values: list[str] = []
     with (
-        # closed here: an error that is kept would keep its file open, and csv's limit of a field changed
+        # an error that is kept would keep its file open, and csv's limit of a field changed
         contextlib.closing(inputs.chunks(found.sources, fields, shard or (0, 1))) as feed,
         RayPool(encoder, config.ray, keys, config.workers) if config.ray else Pool(encoder, workers) as pool,
         binidx_writer.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
