@@ -101,10 +101,13 @@ def inspect_adapter(
         )
     if len(ranks) > 1:
         raise UserError(
-            f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}); only a single rank is supported"
+            f"{path}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}); only a single rank is supported;"
+            " merge it with the program that wrote it, and use the merged model"
         )
     if not parts:
-        raise UserError(f"{path}: not a LoRA adapter (its tensors are {checkpoint.list_names(sorted(tensors), 3)})")
+        raise UserError(
+            f"{path}: not a LoRA adapter (its tensors are {checkpoint.list_names(sorted(tensors), 3)}); {kinds.USE_ADAPTER}"
+        )
     checkpoint.check_finite(tensors, path)
     if not ranks:  # neither matters
         manifest, alpha = {"alpha": 1.0, **manifest}, None
@@ -117,7 +120,8 @@ def inspect_adapter(
     if known["r"] < 1 or known["r"] != manifest.get("r", known["r"]):
         described = peft_adapter.config_of(Path(path)) or manifests.path_of(path)
         raise UserError(
-            f"{path}: rank {known['r']}, but {described.name} states {manifest.get('r')}; that file belongs to another adapter"
+            f"{path}: rank {known['r']}, but {described.name} states {manifest.get('r')}; that file belongs to another adapter: restore the"
+            " right one, or remove it"
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"{path}: alpha {alpha}: must be a positive number, the one that the adapter was trained with")

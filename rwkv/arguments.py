@@ -341,7 +341,8 @@ def _yaml(path: str) -> dict[Any, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or 'a character that YAML does not allow'})"
+            f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or 'a character that YAML does not allow'});"
+            ' expected lines such as "n_layer: 12"'
         ) from None
     if not isinstance(found, dict):
         raise UserError(f'--config {path}: expected lines such as "n_layer: 12"')

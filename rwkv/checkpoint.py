@@ -134,7 +134,9 @@ def sizes_of(tensors: Mapping[str, Tensor], path: PathLike) -> Sizes:
     try:
         return version.detect({name: tensor.shape for name, tensor in tensors.items()})[1]
     except ValueError as error:
-        raise UserError(f"{path}: {error}; its tensors are {list_names(sorted(tensors), 3)}") from None
+        raise UserError(
+            f"{path}: {error}; its tensors are {list_names(sorted(tensors), 3)}; only {kinds.SUPPORTED} are supported"
+        ) from None
 
 
 def check_shapes(tensors: Mapping[str, Tensor] | Mapping[str, Lazy], sizes: Sizes, path: PathLike) -> None:
@@ -282,7 +284,9 @@ def check_keys(
         if keys
     ]
     if errors:
-        raise UserError(f"{path}: keys do not match the model. " + "; ".join(errors))
+        raise UserError(
+            f"{path}: keys do not match the model. " + "; ".join(errors) + ". Use a complete checkpoint of one model"
+        )
 
 
 def _file_size(value: Any) -> int:

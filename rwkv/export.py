@@ -311,7 +311,8 @@ def compare_logits(dtypes: list[str], weights: float, expected: Tensor, theirs: 
     difference, largest = float((theirs - expected).abs().max()), float(expected.abs().max())
     if not math.isfinite(difference) or not math.isfinite(largest):
         raise UserError(
-            "the logits of the original or the exported model are NaN or Inf, so the export cannot be verified; nothing is written"
+            "the logits of the original or the exported model are NaN or Inf, so the export cannot be verified; nothing is written."
+            " Use --dtype bf16 or fp32; if that does not help, its training diverged: use an earlier checkpoint"
         )
     return Exported(dtypes, weights, difference, largest)
 

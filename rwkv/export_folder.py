@@ -35,6 +35,7 @@ from rwkv.models.rwkv import shapes, unused
 from rwkv.weights import safetensors_file
 
 FORMATS = ("transformers", "fla", "peft")
+_AGAIN = "Run the same command again; if it fails again, check the disk"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
@@ -198,11 +199,13 @@ def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, d
             with as_folder(dict(zip(names, temporaries, strict=True))) as folder:
                 written, described = adapter_files.inspect_adapter(folder)
                 if described["alpha"] != known["alpha"] or written.keys() != found.keys():
-                    raise UserError(f"{output}: the written adapter differs from {adapter}; nothing is written")
+                    raise UserError(
+                        f"{output}: the written adapter differs from {adapter}; nothing is written. {_AGAIN}"
+                    )
                 difference = 0.0
                 for name, tensor in written.items():
                     if not torch.equal(tensor, lazy[name].make()):
-                        raise UserError(f"{output}: {name} differs from {adapter}; nothing is written")
+                        raise UserError(f"{output}: {name} differs from {adapter}; nothing is written. {_AGAIN}")
                     difference = max(difference, float((tensor.float() - found[name].float()).abs().max()))
     except BaseException:
         if made:

@@ -359,7 +359,7 @@ def open_regular(path: str | os.PathLike, what: str = "file") -> Iterator[Binary
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
-            raise UserError(f"{path}: a folder, not a {what}")
+            raise UserError(f"{path}: a folder, not a {what}; pass a file")
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: a device or pipe, not a {what}; use a regular file")
         # O_NONBLOCK: a FIFO that replaces the file meanwhile cannot block either

@@ -88,7 +88,10 @@ def merge(
             return
         found.append(float((_logits(model, check_tokens) - unmerged).abs().max()))
         if not math.isfinite(found[0]):
-            raise UserError(f"{output}: the logits of the merged model are NaN or Inf; nothing is written")
+            raise UserError(
+                f"{output}: the logits of the merged model are NaN or Inf; nothing is written. Convert the base with"
+                " scripts/export.py --dtype fp32, and merge again"
+            )
 
     origin: dict[str, Any] = {
         key: manifest[key] for key in ("base_sha256", "tokenizer", "data", "data_sha256") if key in manifest

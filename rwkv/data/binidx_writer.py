@@ -51,7 +51,10 @@ class Writer:
         limits, length = np.iinfo(self.dtype), 0
         for block in blocks:
             if len(block) and not limits.min <= block.min() <= block.max() <= limits.max:
-                raise UserError(f"token id {block.min() if block.min() < 0 else block.max()} does not fit {self.dtype}")
+                raise UserError(
+                    f"token id {block.min() if block.min() < 0 else block.max()} does not fit {self.dtype}; token ids must be from 0 to"
+                    f" {limits.max}: convert again with the model's tokenizer"
+                )
             for part in np.split(block, range(_MAX_DOCUMENT - length, len(block), _MAX_DOCUMENT)):
                 self.add_packed(part.astype(self.dtype).tobytes(), b"")
                 length += len(part)

@@ -264,5 +264,6 @@ def check_config(config: Mapping[str, Any], where: Any) -> None:
         and abs(head * epsilon / 64e-5 - 1) < 1e-3
     ):
         raise UserError(
-            f"{where}: heads of {head} channels, normalised with epsilon {head} · {epsilon}; only BlinkDL's 64e-5 is supported"
+            f"{where}: heads of {head} channels, normalised with epsilon {head} · {epsilon}; only BlinkDL's 64e-5 is supported;"
+            " use the .pth that it was converted from"
         )

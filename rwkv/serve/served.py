@@ -62,7 +62,7 @@ def world_tokenizer(model: RWKV, path: str) -> WorldTokenizer:
     """The tokenizer of a model. Raises UserError if its vocabulary is another."""
     if model.sizes.vocab_size != WorldTokenizer.vocab_size:
         raise UserError(
-            f"{path}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; only World models can generate text"
+            f"{path}: {model.sizes.vocab_size} tokens, not the World vocabulary of 65536; use a World model, as only these can generate text"
         )
     return WorldTokenizer()
 
@@ -103,7 +103,7 @@ def named_files(flag: str, text: str) -> dict[str, str]:
         if not equals or "/" in name:
             name, path = Path(entry).stem, entry
         if not path:
-            raise UserError(f"--{flag} {entry}: no file after {name}=")
+            raise UserError(f"--{flag} {entry}: no file after {name}=; pass {name}=FILE")
         if name in found:
             raise UserError(f"--{flag}: two of the files are named {name}; name them yourself: --{flag} NAME=FILE,...")
         found[name] = path

@@ -149,7 +149,9 @@ def _attach_adapter(model: RWKV, run: Run, c: LoRAConfig) -> None:
         base, digest = (c.load_model, run.base["sha256"]) if c.load_model and run.base else (None, None)
         tensors, known = adapter_files.inspect_adapter(c.lora_load, base, alpha, digest)
         if parts == [state.PART] != known["parts"]:
-            raise UserError(f"{c.lora_load}: not a tuned state, which has only att.time_state; it is a LoRA adapter")
+            raise UserError(
+                f"{c.lora_load}: not a tuned state, which has only att.time_state, but a LoRA adapter; continue it with scripts/lora.py --lora_load"
+            )
         _check_compatible(model, c, known)
         # parts that the adapter lacks keep their initial values
         adapter_files.load_adapter(model, c.lora_load, tensors, known["parts"])

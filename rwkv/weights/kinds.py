@@ -16,7 +16,9 @@ _PREFIX = re.compile(rf"^(?:{_WRAPPERS}\.)+(?=(?:emb|head|ln_out|blocks|embeddin
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.(?!weight$)\w+)?\.weight$")
 
-_SUPPORTED = "RWKV-4, RWKV-5.2 (x052), RWKV-6 (x060) and RWKV-7 (x070) models"
+SUPPORTED = "RWKV-4, RWKV-5.2 (x052), RWKV-6 (x060) and RWKV-7 (x070) models"
+
+USE_ADAPTER = "pass the rwkv-N.pth of a LoRA run, or a folder written by peft"
 
 # Regular expressions of tensor names, what a file with such a tensor is, and what to do.
 _ADAPTER_FILES = (
@@ -107,13 +109,15 @@ def why_not_adapter(tensors: Mapping[str, Tensor], fully_trained: Callable[[str]
         return found
     if any(name in tensors for name in ("emb.weight", "head.weight")):
         version = _version(tensors) or "a whole model"
-        return f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors"
+        return (
+            f"not a LoRA adapter but {version}. An adapter has only lora_A and lora_B, and some vectors; {USE_ADAPTER}"
+        )
     unknown = [
         name for name in tensors if not (re.search(r"\.lora_([AB]|magnitude_vector)$", name) or fully_trained(name))
     ]
     if unknown:
         return (
-            f"not a LoRA adapter ({_list_names(unknown)} is not part of one)"
+            f"not a LoRA adapter ({_list_names(unknown)} is not part of one); {USE_ADAPTER}"
             if len(unknown) < len(tensors)
             else _not_adapter(tensors)
         )
@@ -131,7 +135,7 @@ def _first(table: Iterable[tuple[str, str]], names: Iterable[str]) -> str | None
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:
     """An RWKV model of an unsupported version, or RWKV-4 with unsupported parts; else None."""
-    train = f"; only {_SUPPORTED} are supported here"
+    train = f"; only {SUPPORTED} are supported here"
     layer = r"^blocks\.\d+\."
     tests = (
         (rf"{layer}ffn\.enn\.", 'RWKV-8 ("Heron", a research version)'),
@@ -180,7 +184,7 @@ def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _not_adapter(tensors: Mapping[str, Tensor]) -> str:
-    return _other_model(tensors) or f"not a LoRA adapter (its tensors are {_list_names(list(tensors))})"
+    return _other_model(tensors) or f"not a LoRA adapter (its tensors are {_list_names(list(tensors))}); {USE_ADAPTER}"
 
 
 def _list_names(names: list[str]) -> str:

@@ -45,7 +45,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(data.decode("utf-8-sig"))
     except RecursionError as error:
-        raise UserError(f"{path}: not a manifest: its arrays or objects are nested too deeply") from error
+        raise UserError(
+            f"{path}: not a manifest: its arrays or objects are nested too deeply; delete it and pass its values as flags, or restore it"
+        ) from error
     except ValueError as error:
         raise UserError(
             f"{path}: not valid JSON ({error}). Fix it, or delete it and pass its values as flags"

@@ -85,7 +85,9 @@ def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
             if name != "__metadata__"
         }
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a valid safetensors file: its header is corrupt") from error
+        raise UserError(
+            f"{path}: not a valid safetensors file: its header is corrupt. Download or copy it again"
+        ) from error
     needed = 8 + header + max((end for _, end in stored.values()), default=0)
     if needed > size:
         raise UserError(f"{path}: truncated: it has {size:,} bytes of {needed:,}. Download or copy it again")
@@ -94,7 +96,9 @@ def _safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)  # memory-mapped by the library
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError, OverflowError) as error:
-        raise UserError(f"{path}: not a valid safetensors file ({_first_line(error)})") from error
+        raise UserError(
+            f"{path}: not a valid safetensors file ({_first_line(error)}). Download or copy it again"
+        ) from error
 
 
 def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def describe_file(file: BinaryIO) -> str:
         return "a TensorFlow Lite model, not an RWKV checkpoint"
     text = _decode(head)
     return (
-        "not a checkpoint: neither a torch.save nor a safetensors file, nor another known format"
+        "not a checkpoint: neither a torch.save nor a safetensors file, nor another known format. Use a .pth or .safetensors file"
         if text is None
         else _describe_text(text, size)
     )

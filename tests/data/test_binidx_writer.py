@@ -95,4 +95,9 @@ def test_id_out_of_range(tmp_path):
         writer(tmp_path / "p") as out,
     ):
         out.add([1, 65536])
+    with (
+        pytest.raises(UserError, match=r"token id -1 does not fit uint16; token ids must be from 0 to 65535"),
+        writer(tmp_path / "p") as out,
+    ):
+        out.add_stream([np.array([1, -1])])
     assert list(tmp_path.iterdir()) == []

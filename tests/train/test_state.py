@@ -94,7 +94,7 @@ def test_continues_from_a_state_with_a_new_optimizer(flags, tmp_path):
     second = fit(StateConfig(**flags | constant, proj_dir=str(tmp_path / "b")))
     assert_same_tensors(first.checkpoint, second.checkpoint)
     adapter = fit(LoRAConfig(**flags, proj_dir=str(tmp_path / "lora"), lora_parts="att,state", max_steps=1))
-    with pytest.raises(UserError, match="not a tuned state, .* it is a LoRA adapter"):
+    with pytest.raises(UserError, match="not a tuned state, .* but a LoRA adapter; continue it with"):
         fit(StateConfig(**flags | {"state_load": str(adapter.checkpoint)}, proj_dir=str(tmp_path / "c")))
 
 

@@ -62,7 +62,7 @@ def array_to_binidx(path: str, prefix: str) -> None:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a .npy file of numbers ({error})") from error
+        raise UserError(f"{path}: not a .npy file of numbers ({error}); write the token ids with numpy.save") from error
     if not isinstance(ids, np.ndarray):
         names = ", ".join(ids.files[:5])
         ids.close()

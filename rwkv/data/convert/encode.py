@@ -257,7 +257,7 @@ class _PackedDocuments:
 def _value(record: Any, name: str) -> str:
     """A field of a record as text. Raises BadRecord if there is none."""
     if not isinstance(record, dict) or name not in record:
-        raise BadRecord(f"has no field {name}")
+        raise BadRecord(f"has no field {name}; name another with --by")
     value = record[name]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

@@ -185,7 +185,7 @@ def _attempt(source: Source, read: Callable[[bytes], Any], data: bytes) -> Any:
     except BadRecord as error:
         # Utf8Stream turns bytes that are not valid in the encoding into invalid UTF-8
         if source.encoding and str(error).startswith("not UTF-8"):
-            return BadRecord(f"not {source.encoding}")
+            return BadRecord(f"not {source.encoding}; pass the encoding of this file as --encoding")
         return error
 
 

@@ -163,7 +163,7 @@ def _convert(
                 for number, wrong, record in encoded.rejects:
                     place = locations.of(chunk, number)
                     if encoder.stop:
-                        raise UserError(f"{place}: {wrong}")
+                        raise UserError(f"{place}: {wrong}{_remedy(wrong)}")
                     line = {"place": place, "error": wrong, "record": record}
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
                     count += 1
@@ -237,13 +237,20 @@ def texts(config: ConvertConfig) -> tuple[Iterator[tuple[str, int]], int]:
                     documents = encoder.documents(record, keys[0])
                 except BadRecord as error:
                     if encoder.stop:
-                        raise UserError(f"{locations.of(chunk, number)}: {error}") from error
+                        raise UserError(f"{locations.of(chunk, number)}: {error}{_remedy(str(error))}") from error
                     continue
                 for segments in documents:
                     yield "".join(text for text, _ in segments), done
             locations.passed(chunk, len(lines))
 
     return read(), sum(source.size for source in source_list)
+
+
+def _remedy(wrong: str) -> str:
+    """What to do about an invalid record, to append to its error."""
+    if wrong.startswith("not UTF-8"):
+        return ""  # _explain_errors appends the likely encoding
+    return ". Correct this record, or skip it: scripts/convert.py --on_error skip"
 
 
 def default_prefix(spec: str, source_list: Sequence[Source]) -> str:

@@ -114,7 +114,8 @@ class RayPool:
             ) from error
         except self._ray.exceptions.RayError as error:
             raise UserError(
-                f"--ray {self._address}: the Ray cluster failed ({_first_line(getattr(error, 'cause', None) or error)})"
+                f"--ray {self._address}: the Ray cluster failed ({_first_line(getattr(error, 'cause', None) or error)}); check it with"
+                f" {_start('status')}, and convert again"
             ) from error
         if not ok:
             raise result

@@ -166,7 +166,7 @@ def _folder(folder: Path, requested: Sequence[str], found: Found, known: set[str
             other.append(path)
     if not paths:
         raise UserError(
-            f"{folder}: a folder without a file that can be converted ({', '.join(KINDS)}, also with .gz or .zst)"
+            f"{folder}: a folder without a file that can be converted ({', '.join(KINDS)}, also with .gz or .zst); pass files, or another folder"
         )
     if other:
         found.notes.append(f"skipped: {natural_order.format_names(natural_order.natural(other))}: unknown format")
@@ -247,7 +247,7 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
             stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode) or str(path).startswith(("/dev/", "/proc/"))
         )
         if not pipe and not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: neither a file nor a pipe")
+            raise UserError(f"{path}: neither a file nor a pipe; pass a file, a folder or a pipe")
         if input_format:
             kind, delimiter = ("csv", "\t") if input_format == "tsv" else (input_format, ",")
         if kind is None:
@@ -272,7 +272,7 @@ def _source(path: Path, split_lines: bool, input_format: str, encoding: str) -> 
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except PermissionError as error:
-        raise UserError(f"{path}: no permission to read it") from error
+        raise UserError(f"{path}: no permission to read it; change its permissions (chmod, chown)") from error
     if input_format:
         source = dataclasses.replace(
             source, compression=next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")

@@ -169,10 +169,14 @@ def dataset(folder: Path) -> dict[str, list[Path]]:
 def _files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if not state.is_file():
-        raise UserError(f"{state}: no such file; the datasets folder is corrupt, or its download is not complete")
+        raise UserError(
+            f"{state}: no such file; the datasets folder is corrupt, or its download is not complete; download it again"
+        )
     entries = _json(state, "_data_files")
     if not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{state}: _data_files is not a list of objects; the datasets folder is corrupt")
+        raise UserError(
+            f"{state}: _data_files is not a list of objects; the datasets folder is corrupt: download it again"
+        )
     return [folder / _inside(entry.get("filename"), state, ".arrow") for entry in entries]
 
 
@@ -188,7 +192,7 @@ def _inside(name: Any, where: Path, ending: str) -> str:
         or not name.endswith(ending)
     ):
         raise UserError(
-            f"{where}: names {name!r}, which is not {f'an {ending} file' if ending else 'a folder'} beside it; the datasets folder is not valid"
+            f"{where}: names {name!r}, which is not {f'an {ending} file' if ending else 'a folder'} beside it; the datasets folder is corrupt: download it again"
         )
     return name
 
@@ -197,8 +201,8 @@ def _json(path: Path, key: str, optional: bool = False) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); the datasets folder is corrupt") from error
+        raise UserError(f"{path}: not JSON ({error}); the datasets folder is corrupt: download it again") from error
     value = found.get(key) if isinstance(found, dict) else None
     if not optional and not isinstance(value, list):
-        raise UserError(f"{path}: has no list {key}; the datasets folder is corrupt")
+        raise UserError(f"{path}: has no list {key}; the datasets folder is corrupt: download it again")
     return value

@@ -54,9 +54,11 @@ class Template:
                 words = [(kind, value) for _, kind, value in environment.lex(text)]
                 self._template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{name}, line {error.lineno}: not a Jinja template ({error.message})") from error
+            raise UserError(
+                f"{name}, line {error.lineno}: not a Jinja template ({error.message}); correct it there"
+            ) from error
         except Exception as error:  # Jinja evaluates constant expressions while compiling
-            raise UserError(f"{name}: not a valid template ({_reason(error)})") from error
+            raise UserError(f"{name}: not a valid template ({_reason(error)}); correct it") from error
         if ("name", "generation") not in words:
             raise UserError(
                 f"{name}: has no generation block; put {{% generation %}} and {{% endgeneration %}} around what contributes to the loss"

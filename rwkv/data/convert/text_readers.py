@@ -66,10 +66,12 @@ def _array(
                 break
             buffer, at = text.read(source_file.CHUNK), 0
             if not buffer:
-                raise UserError(f"{source.path}: truncated after element {number}; the array does not end")
+                raise UserError(
+                    f"{source.path}: truncated after element {number}: the array does not end; copy or download it again"
+                )
         if characters and buffer[at] not in characters:
             raise UserError(
-                f"{source.path}: after element {number} there is {buffer[at]!r}, expected {' or '.join(characters)}"
+                f"{source.path}: after element {number} there is {buffer[at]!r}, expected {' or '.join(characters)}; correct the file there"
             )
         return buffer[at]
 
@@ -90,7 +92,9 @@ def _array(
             while i >= len(buffer):
                 i -= at
                 if not more():
-                    raise UserError(f"{source.path}, element {number + 1}: not JSON (nested too deeply, and truncated)")
+                    raise UserError(
+                        f"{source.path}, element {number + 1}: not JSON (nested too deeply, and truncated); copy or download the file again"
+                    )
             letter = buffer[i]
             if in_string:
                 i += letter == "\\"
@@ -125,7 +129,9 @@ def _array(
                 reason = likely_cause(buffer, error.pos, error.msg)
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 64
                 if not cut or not more():
-                    raise UserError(f"{source.path}, element {number + 1}: not JSON ({reason or error.msg})") from error
+                    raise UserError(
+                        f"{source.path}, element {number + 1}: not JSON ({reason or error.msg}); correct it"
+                    ) from error
                 continue
             except RecursionError:
                 skip()
@@ -191,7 +197,9 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
         for batch in batches(source, rows()):
             yield {"rows": batch}, None
     except csv.Error as error:
-        raise UserError(f"{source.path}, line {line}: not CSV ({error})") from error
+        raise UserError(
+            f'{source.path}, line {line}: not CSV ({error}); in a quoted field write " as "", and end every quoted field with a quote'
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source.path}, line {line} or after: {_not_decodable(source)} ({error.reason})") from error
     finally:

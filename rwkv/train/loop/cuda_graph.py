@@ -28,15 +28,15 @@ def resolve(c: TrainConfig, on_gpu: bool) -> Literal["on", "off"]:
 def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
     """Why a CUDA graph cannot be used; None if it can."""
     if not on_gpu:
-        return "it needs a GPU"
+        return "it needs a GPU; omit --cuda_graph"
     if c.world_size > 1 or c.strategy != "auto":
-        return "it needs a single GPU and --strategy auto"
+        return "it needs a single GPU and --strategy auto; omit one of the flags"
     if c.release_grads:
-        return "it keeps the memory of all gradients, which --release_grads 1 frees"
+        return "it keeps the memory of all gradients, which --release_grads 1 frees; omit one of the flags"
     if c.bf16_copies:
-        return "it is not supported with --bf16_copies 1: a replay would not see that a copy was replaced"
+        return "a replay would not see that --bf16_copies 1 replaces a copy; omit one of the flags"
     if c.tbptt_len:
-        return "it is incompatible with --tbptt_len, whose chunks carry the state"
+        return "it is incompatible with --tbptt_len, whose chunks carry the state; omit one of the flags"
     if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):
         dropout = "--dropout" if c.dropout else "--lora_dropout"
         return f"--grad_cp 1 would recompute with another dropout mask; pass {dropout} 0, or omit one of the flags"

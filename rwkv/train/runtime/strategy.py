@@ -196,7 +196,7 @@ def _read(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--ds_config {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"--ds_config {path}: not valid JSON ({error})") from error
+        raise UserError(f"--ds_config {path}: not valid JSON ({error}); correct it there") from error
     if not isinstance(extra, dict):
         raise UserError(f"--ds_config {path}: contains {type(extra).__name__}, not a JSON object with DeepSpeed's keys")
     return extra
@@ -274,7 +274,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             if not (path := self._module.config.ds_config):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"--ds_config {path}: rejected by DeepSpeed ({reason})") from error
+            raise UserError(
+                f"--ds_config {path}: rejected by DeepSpeed ({reason}); correct or remove that key"
+            ) from error
 
     def _init_deepspeed(self) -> None:
         import deepspeed

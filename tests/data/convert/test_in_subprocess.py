@@ -28,7 +28,9 @@ def test_same_files_and_report(write_jsonl, tmp_path):
 
 def test_errors_propagate(write_jsonl, tmp_path):
     config = ConvertConfig(input=str(write_jsonl({"text": "a"}, {"text": 3})), output_prefix=str(tmp_path / "p"))
-    with pytest.raises(UserError, match=r"text.jsonl, line 2: \"text\" is of type int, not a string$"):
+    with pytest.raises(
+        UserError, match=r"text.jsonl, line 2: \"text\" is of type int, not a string\. Correct this record"
+    ):
         in_subprocess.convert(config)
 
 

@@ -108,7 +108,7 @@ def test_bad_line_error(tmp_path, line, message):
 )
 def test_not_jsonl_explained(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=rf"x.jsonl, {message}"):
+    with pytest.raises(UserError, match=rf"x.jsonl, {message}.*skip it: scripts/convert.py --on_error skip"):
         read(tmp_path / "x.jsonl")
 
 
