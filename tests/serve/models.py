@@ -41,8 +41,8 @@ def base(make_model, folder: Path, version: str, sizes: dict = SIZES) -> Path:
 def adapter(path: Path, base: Path, parts: list[str], seed: int = 1) -> Path:
     """A LoRA adapter of random values, which trains `parts`."""
     model = checkpoint.load_model(base)
-    lora.inject(model, parts, 4, 8)
     torch.manual_seed(seed)
+    lora.inject(model, parts, 4, 8)
     for name in lora.adapter_names(model, parts):
         model.get_parameter(name).data += 0.2 * torch.randn_like(model.get_parameter(name))
     adapter_files.save_adapter(path, model, {"r": 4, "alpha": 8.0, "parts": parts}, {})
@@ -52,6 +52,7 @@ def adapter(path: Path, base: Path, parts: list[str], seed: int = 1) -> Path:
 def state(path: Path, base: Path) -> dict[str, torch.Tensor]:
     """A file of state tuning with random values; returns its tensors."""
     wkv = [block[1] for block in checkpoint.load_model(base).initial_state(1)]
+    torch.manual_seed(3)
     tensors = {f"blocks.{i}.att.time_state": 4 * torch.randn(value.shape[1:]) for i, value in enumerate(wkv)}
     if len(wkv[0].shape) == 3:  # RWKV-4: a numerator, a denominator above 0, and its exponent
         tensors = {name: torch.stack([value[0], value[1].abs(), value[2]]) for name, value in tensors.items()}

@@ -33,6 +33,8 @@ OPTIONS = {
     "RAY_health_check_failure_threshold": "4",
     "RAY_prestart_worker_first_driver": "0",  # without the runtime environment they would not be used
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray kills workers when the machine's memory is nearly full, whoever uses it
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 
 
