@@ -59,14 +59,25 @@ class Conversation:
         if self.interactive:
             _edit_lines()
             _say("Chat. /help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
-        while (message := self.read()) is not None:
-            if message.startswith("/"):
-                if not self.execute(*message.split(maxsplit=1)):
-                    return
-            elif message.strip():
-                session = self.chat.session
-                self.last = message, (session.state, session.logits)
-                self.answer(message)
+        while True:
+            try:
+                while (message := self.read()) is not None and self.handle(message):
+                    pass
+                return
+            except KeyboardInterrupt:  # just before or after an answer
+                if not self.interactive:
+                    raise
+                print(flush=True)
+
+    def handle(self, message: str) -> bool:
+        """Answer a message, or execute a command; False if it ends the chat."""
+        if message.startswith("/"):
+            return self.execute(*message.split(maxsplit=1))
+        if message.strip():
+            session = self.chat.session
+            self.last = message, (session.state, session.logits)
+            self.answer(message)
+        return True
 
     def read(self) -> str | None:
         """The next message; None at the end of the chat."""
@@ -171,15 +182,25 @@ def _echo_disabled(interactive: bool) -> Iterator[Callable[[], bool]]:
         sys.exit(128 + number)  # runs the code below, which restores the terminal
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: end, signal.SIGHUP: end}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.getsignal(number) for number in handlers}
     modes = termios.tcgetattr(sys.stdin)
-    try:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, [*modes[:3], modes[3] & ~termios.ECHO, *modes[4:]])
-        yield lambda: bool(pressed)
-    finally:
+
+    def restore() -> None:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, [*modes[:3], modes[3] & ~termios.ECHO, *modes[4:]])
+        yield lambda: bool(pressed)
+    finally:
+        try:
+            restore()
+        except BaseException:  # Ctrl-C, or another signal, in the middle
+            restore()
+            raise
 
 
 def _edit_lines() -> None:

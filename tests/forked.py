@@ -28,6 +28,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # those of the scripts' imports that take a hundredth of a second or more
 _PRELOADED = ["matplotlib.figure", "rwkv.cli", "rwkv.data.convert.pipeline", "rwkv.doctor", "rwkv.export"]
 _PRELOADED += ["rwkv.terminal", "rwkv.train.fit", "tests.forked"]
+_RESERVED: list[socket.socket] = []  # ports of free_port
 
 
 def start_server() -> None:
@@ -104,11 +105,17 @@ def _main(argv: list[str], cwd: str, environment: dict[str, str], streams: list[
 
 
 def free_port() -> int:
-    """A port that no process listens on: below those that the system gives to outgoing connections,
-    one of which could take it before the caller listens on it, and above those of Ray's workers.
+    """A port that no process listens on: below those that the system gives to outgoing
+    connections, and above those of Ray's workers. This process keeps it reserved, so that neither a
+    connection nor another test process takes it before the caller's server, which has to set
+    SO_REUSEADDR, listens.
     """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("", random.SystemRandom().randrange(20000, first) if first > 22000 else 0))
-            return free.getsockname()[1]
+        reserved = socket.socket()
+        with contextlib.suppress(OSError):
+            reserved.bind(("", random.SystemRandom().randrange(20000, first) if first > 22000 else 0))
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _RESERVED.append(reserved)
+            return reserved.getsockname()[1]
+        reserved.close()

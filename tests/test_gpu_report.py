@@ -2,15 +2,27 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from tests.waiting import LIMIT
+
 
 def test_parts_that_fail_are_named(root, tmp_path):
-    wanted = "time_mix,doctor,wkv7,races"
-    command = [sys.executable, str(root / "bench/gpu/report.py"), "--out", str(tmp_path), "--only", wanted]
+    program = f"""
+import sys
+sys.path.insert(0, {str(root / "bench/gpu")!r})
+import report
+usual = report.parts  # this machine may be slower than those that the limits are for
+report.parts = lambda *given: {{name: part._replace(seconds={LIMIT}) for name, part in usual(*given).items()}}
+wanted = "time_mix,doctor,wkv7,races"
+sys.argv = ["report", "--out", {str(tmp_path)!r}, "--seconds", "{4 * LIMIT}", "--only", wanted]
+report.main()
+"""
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(root))
     assert done.returncode == 1, done.stderr
     report = (tmp_path / "report.md").read_text()
@@ -41,7 +53,8 @@ report.main()
     done = subprocess.run([sys.executable, "-c", program], check=False, env=_environment(root), capture_output=True)
     assert done.returncode == 1
     assert [(tmp_path / f"{part}.log").read_text() for part in ("kernels", "tests")] == ["fused None\n", "fused 0\n"]
-    assert "exit status 3, 0 s; the parts below ran with RWKV_FUSED=0 |" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert re.search(r"exit status 3, \d+ s; the parts below ran with RWKV_FUSED=0 \|", text)
 
 
 def test_no_time_left(root, tmp_path):

@@ -63,9 +63,11 @@ def large(request, tmp_path_factory):
 
 def test_loading_makes_no_copy(large, root):
     path, total, largest = large
-    found = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=root, capture_output=True, text=True, check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # threads have stacks, and there may be many
+    command = [sys.executable, "-c", MEASURE, path]
+    found = subprocess.run(command, cwd=root, env=one_thread, capture_output=True, text=True, check=True)
     mapped_only, used, converted = map(int, found.stdout.split())
-    overhead = 20 << 20  # imported code, and activations of 64 tokens
+    overhead = 40 << 20  # imported code, and activations of 64 tokens: 14 MB measured
     assert mapped_only < overhead  # pages read by the check for NaN are released
     # of the embedding only the rows in use and readahead
     assert total - largest < used < total

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class TracedSession(Session):
         session = self
         self.state = None
         super().__init__(*a)
+exec(sys.argv[2])
 print("ready", file=sys.stderr)
 Conversation(lambda: TracedSession(Echo(), ByteTokenizer()), Sampling(temperature=0), int(sys.argv[1])).run()
 print("ended", file=sys.stderr)
@@ -56,11 +58,11 @@ print("ended", file=sys.stderr)
 class Terminal:
     """A chat process in a pseudo-terminal: type input and wait for output."""
 
-    def __init__(self, max_tokens: int):
+    def __init__(self, max_tokens: int, before: str):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
         self.pid, self.fd = pty.fork()
         if not self.pid:
-            os.execve(sys.executable, [sys.executable, "-c", PROGRAM, str(max_tokens)], environment)
+            os.execve(sys.executable, [sys.executable, "-c", PROGRAM, str(max_tokens), before], environment)
         self.shown = ""
 
     def type(self, text: str) -> None:
@@ -95,8 +97,8 @@ class Terminal:
 def terminal():
     started = []
 
-    def start(max_tokens: int = 1000) -> Terminal:
-        started.append(Terminal(max_tokens))
+    def start(max_tokens: int = 1000, before: str = "") -> Terminal:
+        started.append(Terminal(max_tokens, before))
         started[-1].wait("User: ")
         return started[-1]
 
@@ -174,6 +176,49 @@ def test_second_ctrl_c_keeps_the_chat(terminal):
     chat.wait("AGAIN\n")
 
 
+# Statements that press Ctrl-C in the chat at a moment that a test cannot hit from outside.
+PRESSED = {
+    "before the answer": """
+real = Conversation.answer
+def answer(self, message):
+    if message == "hello": signal.raise_signal(signal.SIGINT)
+    real(self, message)
+Conversation.answer = answer
+""",
+    "after the answer": """
+real = terminal._say
+def say(text):
+    if "cut off" in text: signal.raise_signal(signal.SIGINT)
+    real(text)
+terminal._say = say
+""",
+    "while the terminal is restored": """
+real, calls = termios.tcsetattr, []
+def tcsetattr(*arguments):
+    calls.append(1)
+    if len(calls) == 2:  # the second one raises KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    real(*arguments)
+termios.tcsetattr = tcsetattr
+""",
+}
+
+
+@pytest.mark.parametrize("moment", PRESSED)
+def test_ctrl_c_between_prompt_and_answer(terminal, moment):
+    """It neither ends the chat nor leaves the terminal without echo."""
+    chat = terminal(4, "import signal, termios\n" + PRESSED[moment])
+    chat.type("hello\n")
+    chat.wait("User: ")
+    chat.type("abc\n")
+    chat.wait("Assistant: ABC\n")
+    chat.wait("User: ")
+    chat.type("/exit\n")
+    chat.wait("ended")
+    assert termios.tcgetattr(chat.fd)[3] & termios.ECHO
+
+
 def test_truncated_answer_is_marked(terminal):
     chat = terminal(4)
     chat.type("hello\n")
@@ -182,7 +227,7 @@ def test_truncated_answer_is_marked(terminal):
 
 def test_piped_input_prints_answers_only():
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "100"],
+        [sys.executable, "-c", PROGRAM, "100", ""],
         input=b"hello\n\n/reset\nyou\xff\n/exit\nnot read\n",  # one byte is not UTF-8
         capture_output=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"},

@@ -19,7 +19,7 @@ from rwkv.serve import app
 from rwkv.serve.access import LOOPBACK
 from rwkv.serve.worker import Worker
 
-_CLOSING_SECONDS = 5  # for cancelled requests to be answered
+_CLOSING_SECONDS = 30  # for cancelled requests to be answered: a step of a large model on a CPU takes seconds
 # Longer than clients keep idle connections (httpx: 5 s): one that the server closes just as the
 # client uses it again loses the request.
 _KEEP_ALIVE_SECONDS = 65

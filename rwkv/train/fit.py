@@ -49,8 +49,10 @@ def fit(flags: TrainConfig) -> Result:
         _report_start(run, model, data, monitor)
         state = resume_or_start.begin(run, model, data.manifest)
         callbacks = run_callbacks.make(run, tracked, model, data, state, monitor)
-        trainer, module = _train(run, model, data, state, callbacks, ranks)
-        return finish(run, tracked.path(), trainer, module, callbacks)
+        c = run.flags
+        with ranks.passing_flags(), peers.started(c.devices, c.num_nodes), peers.explain_errors(c.world_size):
+            trainer, module = _train(run, model, data, state, callbacks)
+            return finish(run, tracked.path(), trainer, module, callbacks)
 
 
 def _report_start(run: Run, model: RWKV, data: RunData, monitor: MemoryMonitor) -> None:
@@ -62,20 +64,14 @@ def _report_start(run: Run, model: RWKV, data: RunData, monitor: MemoryMonitor) 
 
 
 def _train(
-    run: Run, model: RWKV, data: RunData, state: State | None, callbacks: RunCallbacks, ranks: Ranks
+    run: Run, model: RWKV, data: RunData, state: State | None, callbacks: RunCallbacks
 ) -> tuple[pl.Trainer, TrainingModule]:
     """Train from `state`, or from the start, to the last step or until the run is stopped."""
     begin = (state.step, state.samples) if state else None
     last = state.step if state and callbacks.best.exhausted else None  # --patience has ended the run
+    trainer = make_trainer(run, callbacks.all)
     module = TrainingModule(model, data.training, run.flags, begin, facts(run, data.manifest, model), last)
-    with (
-        ranks.passing_flags(),
-        peers.started(run.flags.devices, run.flags.num_nodes),
-        callbacks.monitor.explain_errors(),
-        peers.explain_errors(run.flags.world_size),
-        callbacks.inputs.explain_errors(),
-    ):
-        trainer = make_trainer(run, callbacks.all)
+    with callbacks.monitor.explain_errors(), callbacks.inputs.explain_errors():
         compat.fit(trainer, module)
     return trainer, module
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -25,10 +26,9 @@ class Browser:
         self._read, from_browser = os.pipe()
 
         def connect() -> None:  # Chromium reads commands from 3 and writes answers to 4
-            os.dup2(to_browser, 100)
-            os.dup2(from_browser, 101)
-            os.dup2(100, 3)
-            os.dup2(101, 4)
+            copies = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 5) for end in (to_browser, from_browser)]
+            os.dup2(copies[0], 3)
+            os.dup2(copies[1], 4)
 
         command = [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
@@ -46,12 +46,16 @@ class Browser:
         os.close(to_browser)
         os.close(from_browser)
         self._buffer, self._number, self._session = b"", 0, {}
-        targets = self.call("Target.getTargets")["targetInfos"]
-        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        page = wait_until(self._page, self._process)  # Chromium may answer before it has opened one
         self._session = {"sessionId": self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]}
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
+
+    def _page(self) -> str | None:
+        """The id of the page; None if there is none yet."""
+        targets = self.call("Target.getTargets")["targetInfos"]
+        return next((target["targetId"] for target in targets if target["type"] == "page"), None)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The result of a command."""

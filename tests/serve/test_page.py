@@ -87,7 +87,9 @@ def test_chinese_phone_key_and_stop(page, loaded):
         shown.wait_for("document.querySelectorAll('option').length == 4")
         assert shown.evaluate(column(0, ".error")) == []
         assert shown.evaluate("document.documentElement.scrollWidth") == 390  # no horizontal scrolling
-        shown.evaluate("byId('max_tokens').value = 100000; byId('message').value = '你好'; send(); 0")
+        # temperature 0: no EOD by chance, which would end an answer
+        shown.evaluate("byId('max_tokens').value = 100000; byId('temperature').value = 0; 0")
+        shown.evaluate("byId('message').value = '你好'; send(); 0")
         shown.wait_for(f"{column(0, '.assistant')}[0].length > 5 && {column(1, '.assistant')}[0].length > 5")
         assert engine.running == 2
         shown.evaluate("byId('send').click()")

@@ -5,8 +5,9 @@ A chunk is the unit of work of a worker. For an uncompressed file of lines it is
 the worker reads itself.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class Chunk:
     files: list[Source] | None = None
 
 
-def chunks(sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)) -> Iterator[Chunk]:
+def chunks(
+    sources: Sequence[Source], fields: Sequence[str], shard: tuple[int, int] = (0, 1)
+) -> Generator[Chunk, None, None]:
     """All records of the sources that belong to a shard, in order.
 
     The bytes of all sources are divided evenly among the shards. A record belongs to the shard in
@@ -196,9 +199,9 @@ def _document(source: Source, keys: Sequence[str], data: bytes) -> dict[str, str
 
 def _reading(source: Source, reader: Callable, fields: Sequence[str], begins: tuple[int, int]) -> Iterator[Chunk]:
     """The chunks of a file that must be read sequentially."""
-    with open_source(source) as (file, tell):
+    with open_source(source) as (file, tell), contextlib.closing(reader(source, file, fields, begins)) as parts:
         before = 0
-        for found, size in reader(source, file, fields, begins):
+        for found, size in parts:
             taken = tell() - before if size is None else size
             before += taken
             yield Chunk(source, taken, **found)

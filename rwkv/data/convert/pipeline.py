@@ -146,12 +146,13 @@ def _convert(
         print(note, file=sys.stderr, flush=True)
     workers = config.workers or len(os.sched_getaffinity(0))
     fields = list(dict.fromkeys([*keys, *(schemas.FIELDS if encoder.template else ()), *([by] if by else [])]))
-    feed = inputs.chunks(found.sources, fields, shard or (0, 1))
     locations = _Locations()
     count = 0
     counts: Counter = Counter()
     values: list[str] = []
     with (
+        # an error that is kept would keep its file open, and csv's limit of a field changed
+        contextlib.closing(inputs.chunks(found.sources, fields, shard or (0, 1))) as feed,
         RayPool(encoder, config.ray, keys, config.workers) if config.ray else Pool(encoder, workers) as pool,
         binidx_writer.writers(prefixes, config.dtype, encoder.masked, beside) as (out, (rejects, *manifest)),
         progress_bar(_bytes(found.sources, shard), "convert", "B") as bar,

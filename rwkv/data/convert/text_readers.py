@@ -152,6 +152,8 @@ def _array(
             yield {"rows": batch}, None
     except UnicodeDecodeError as error:
         raise UserError(f"{source.path}, after element {number}: {_not_decodable(source)} ({error.reason})") from error
+    finally:
+        text.close()
 
 
 def _not_decodable(source: Source) -> str:
@@ -202,6 +204,7 @@ def _csv(source: Source, file: BinaryIO, fields: Sequence[str], begins: tuple[in
         raise UserError(f"{source.path}, line {line} or after: {_not_decodable(source)} ({error.reason})") from error
     finally:
         csv.field_size_limit(limit)
+        text.close()
 
 
 def _delimiter(source: Source, header: str, fields: Sequence[str]) -> str:

@@ -18,9 +18,9 @@ def check(c: TrainConfig) -> None:
     """Check that a launcher started as many processes as the flags specify. Called before the rank
     is used.
 
-    Without a launcher rank 0 starts the others (see `peers.started`). A Slurm allocation with one process (sbatch
-    or salloc without srun, or one task) is not a launcher, but Lightning would treat it as one, so
-    the job is marked as interactive.
+    Without a launcher rank 0 starts the others (see `peers.started`). A Slurm allocation with one
+    process (sbatch or salloc without srun, or one task) is not a launcher, but Lightning would
+    treat it as one, so the job is marked as interactive.
 
     Raises:
         UserError: the numbers differ, or the ranks of the processes are unknown.
@@ -55,9 +55,7 @@ def check(c: TrainConfig) -> None:
 
 
 def is_used() -> bool:
-    """Whether all processes of the run have been started: by a launcher, by hand, or, in a rank that
-    rank 0 has started, by rank 0.
-    """
+    """Whether this machine's processes have been started: by a launcher, by hand, or by rank 0."""
     srun = _slurm_tasks() > 1 and "SLURM_STEP_ID" in os.environ
     return srun or "LOCAL_RANK" in os.environ or "JSM_NAMESPACE_SIZE" in os.environ  # jsrun of LSF
 

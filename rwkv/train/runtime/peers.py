@@ -59,17 +59,19 @@ def end_with_parent() -> None:
 @contextlib.contextmanager
 def started(ranks: int, nodes: int) -> Iterator[None]:
     """Start the other ranks of this machine with the command of this process, unless a launcher has
-    started them; they end with this process (see `end_with_parent`). The trainer is to be created in
-    this block.
+    started them; they end with this process (see `end_with_parent`). Lightning's trainer must be
+    created in this block.
 
-    If one of them fails, and this process has not ended by itself two minutes later because it waits
-    for that rank in a collective operation, it is ended with exit status 1. Ranks that Lightning
-    starts would kill the others after 3 s (torch 1) or 5 s (torch 2), before they can report errors
-    of their own.
+    If one of them fails, and this process has not ended by itself two minutes later because it
+    waits for that rank in a collective operation, it is ended with exit status 1. Lightning would
+    kill it within 5 s, before it can report an error of its own.
 
     Args:
         ranks: number of processes on this machine.
         nodes: number of machines.
+
+    Raises:
+        UserError: this process has no command that starts its program.
     """
     if ranks == 1 or launcher.is_used():
         yield
@@ -78,29 +80,43 @@ def started(ranks: int, nodes: int) -> Iterator[None]:
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    os.environ.setdefault("NODE_RANK", "0")
-    os.environ["WORLD_SIZE"] = str(ranks * nodes)
-    os.environ["LOCAL_RANK"] = "0"  # from this Lightning concludes that the ranks have been started
-    with environment(_STARTED_BY, str(os.getpid())):
-        children = [subprocess.Popen(_command(), env=os.environ | {"LOCAL_RANK": str(i)}) for i in range(1, ranks)]
-    left = threading.Event()
-    threading.Thread(target=_watch, args=(children, left), name="ranks", daemon=True).start()
-    try:
-        yield
-    finally:
-        left.set()
+    command, left = _command(ranks), threading.Event()
+    with _reserved_port() as port:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(port))
+        os.environ["NODE_RANK"] = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+        os.environ["WORLD_SIZE"] = str(ranks * nodes)
+        os.environ["LOCAL_RANK"] = "0"  # from this Lightning concludes that the ranks have been started
+        with environment(_STARTED_BY, str(os.getpid())):
+            children = [subprocess.Popen(command, env=os.environ | {"LOCAL_RANK": str(i)}) for i in range(1, ranks)]
+        threading.Thread(target=_watch, args=(children, left), name="ranks", daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port on which only torch's store can listen in this block. Without the reservation, a
+    connection of any process could take it in the second until the store listens.
+    """
+    with socket.socket() as held:
+        held.bind(("", 0))
+        # From now on sockets with this option may use the port, too: the store's, but not those of
+        # outgoing connections.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield held.getsockname()[1]
 
 
-def _command() -> list[str]:
-    spec = sys.modules["__main__"].__spec__  # of python -m
+def _command(ranks: int) -> list[str]:
+    """The command of this process. Raises UserError if there is none that starts its program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    if hasattr(sys, "ps1") or not (spec or os.path.isfile(sys.argv[0])):  # ps1: a prompt or a notebook
+        raise UserError(
+            f"--devices {ranks}: rank 0 starts the other ranks with its own command, which an interactive Python, a notebook and python -c"
+            " do not have; write the program into a file and run that, or use one device"
+        )
     return [sys.executable, *(["-m", spec.name] if spec else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
 
 
@@ -122,20 +138,12 @@ def _watch(children: list[subprocess.Popen], left: threading.Event) -> None:
 
 @contextlib.contextmanager
 def explain_errors(ranks: int) -> Iterator[None]:
-    """With several ranks: convert errors caused by the end of another rank to UserErrors, and
-    re-raise UserErrors that Lightning has wrapped.
-    """
+    """With several ranks: convert errors caused by the end of another rank to UserErrors."""
     try:
         yield
     except Exception as error:
         if ranks < 2 or isinstance(error, UserError):
             raise
-        chain: list[BaseException] = [error]
-        while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-            chain.append(inner)
-        for inner in chain:
-            if isinstance(inner, UserError):
-                raise inner from None
         lines = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in _SIGNS)]
         if not lines:
             raise

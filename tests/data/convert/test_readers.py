@@ -1,11 +1,14 @@
 """Readers bound memory, withstand malicious files, and reject single bad records."""
 
+import csv
 import gzip
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -171,6 +174,27 @@ def test_bad_element_is_one_bad_record(tmp_path, kind, element, workers):
     assert texts == ["before", ']}"after']
     (reject,) = map(json.loads, result.rejects_file.read_bytes().splitlines())
     assert reject["place"].endswith(f"x.{kind}, {unit} 2")
+
+
+BAD_SECOND_ROWS = {
+    "x.json": b'[{"text": "a"}, 3, {"text": "b"}]',
+    "x.json.gz": gzip.compress(b'[{"text": "a"}, 3, {"text": "b"}]'),
+    "x.csv": b"id,text\n1,a\n2\n3,b\n",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", BAD_SECOND_ROWS)
+def test_file_closed_at_error(tmp_path, name, workers):
+    """Even if the error is kept, with the frames that read the file."""
+    (tmp_path / name).write_bytes(BAD_SECOND_ROWS[name])
+    limit = csv.field_size_limit()
+    with pytest.raises(UserError) as kept:
+        converted(tmp_path / name, tmp_path / "p", workers=workers)
+    assert kept.tb
+    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert str(tmp_path / name) not in opened
+    assert csv.field_size_limit() == limit  # one for the process
 
 
 def test_deeply_nested_element_skipped(tmp_path, monkeypatch):

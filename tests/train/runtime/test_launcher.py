@@ -34,7 +34,8 @@ def environment(monkeypatch):
     return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
-# environment, processes of the flags, whether a launcher has started them all, whether Lightning must ignore Slurm
+# environment, processes of the flags, whether they have been started, whether Lightning must ignore
+# Slurm
 VALID = [
     ({}, 1, False, False),
     ({}, 8, False, False),

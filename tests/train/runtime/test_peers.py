@@ -3,13 +3,17 @@
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from rwkv.errors import UserError
-from rwkv.train.runtime import peers
+from rwkv.train.runtime import peers, process
 from tests.train.small_runs import wait_for_steps
 from tests.waiting import wait_until
 
@@ -148,7 +152,51 @@ def test_no_ranks_started(ranks, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if ranks == 2:
         monkeypatch.setenv("LOCAL_RANK", "0")
-    before = dict(os.environ), children(os.getpid())
+    before, running = dict(os.environ), set(children(os.getpid()))
     with peers.started(ranks, 1):
-        assert (dict(os.environ), children(os.getpid())) == before
+        assert dict(os.environ) == before
+        assert set(children(os.getpid())) <= running  # one of an earlier test may end meanwhile
     peers.end_with_parent()  # no effect in a process that no rank started
+
+
+def test_started_rank(monkeypatch, tmp_path):
+    """On the second of two machines; only the store can listen on the port until the block ends."""
+    for name in ("LOCAL_RANK", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GROUP_RANK", "1")
+    names = ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT", "RWKV_STARTED_BY")
+    shown = " ".join(f"${name}" for name in names)
+    command = ["sh", "-c", f"echo $$ {shown} > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/rank"]
+    monkeypatch.setattr(peers, "_command", lambda ranks: command)
+    with process.restored(), peers.started(2, 2):
+        wait_until((tmp_path / "rank").exists)
+        pid, *found = map(int, (tmp_path / "rank").read_text().split())
+        port = int(os.environ["MASTER_PORT"])
+        assert found == [1, 4, 1, port, os.getpid()]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+        del store
+    wait_until(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "python -c"])
+def test_no_command_to_start_ranks_with(monkeypatch, kind):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    main = SimpleNamespace(__spec__=None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [__file__ if kind == "prompt" else "-c", "--flag"])
+    if kind == "prompt":
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with (
+        pytest.raises(UserError, match="--devices 2: rank 0 starts the other ranks with its own command"),
+        peers.started(2, 1),
+    ):
+        pass
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    monkeypatch.setattr(sys, "argv", [__file__, "--flag"])
+    assert peers._command(2) == [sys.executable, __file__, "--flag"]
+    main.__spec__ = SimpleNamespace(name="package.program")
+    assert peers._command(2) == [sys.executable, "-m", "package.program", "--flag"]
