@@ -160,12 +160,12 @@ def format_of(output: str | Path) -> str:
 
 
 def check_state(kind: str, source: Source) -> None:
-    """Raise UserError if the model begins with a tuned state for which a format has no place."""
+    """Raise UserError if the model begins with a tuned state that a format cannot store."""
     possible = [name for name, versions in _WITH_STATE.items() if source.version in versions]
     if source.sizes.time_state and kind not in possible:
         what = f"{kind} of RWKV-{source.version}" if kind in _WITH_STATE else kind
         raise UserError(
-            f"{source.label}: begins with a tuned state (att.time_state), for which {what} has no place; use --format"
+            f"{source.label}: begins with a tuned state (att.time_state), which {what} cannot store; use --format"
             f" {', '.join(possible)}, or scripts/serve.py, whose API other programs can use"
         )
 

@@ -9,6 +9,7 @@ question="What is LoRA?"
 case "$*" in  # settings with which the model answers; see docs/decisions/025-demo-corpus.md
   '' | '--version 7') version=7 width=128 pretraining='--lr_init 4e-3 --lr_final 1e-3 --warmup_steps 20' r=32 steps=500 ;;
   '--version 4') version=4 width=96 pretraining='--lr_init 8e-3 --lr_final 2e-3' r=48 steps=750 ;;
+  -h | --help) sed -n '2,3s/^# //p' "$0"; exit 0 ;;
   *)
     echo "error: $*: the demo takes only --version 4 or --version 7" >&2
     exit 1

@@ -46,7 +46,7 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
     if kind == "peft":
         if config.state:
-            raise UserError(f"--format peft has no place for --state {config.state}: omit it")
+            raise UserError(f"--format peft cannot store --state {config.state}: omit it")
         difference = export_folder.export_adapter(config.lora, base, output, config.lora_alpha or None, config.dtype)
         print(printable(f"exported: {output} (peft adapter)"))
         print(printable(f"check:    largest difference from {config.lora}: weights {difference:.2e}"))

@@ -5,7 +5,7 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "tuned", "messages": [{"role": "user", "content": "What is RWKV?"}]}'
 
-Ctrl-C ends it.
+Stop it with Ctrl-C.
 """
 
 import functools

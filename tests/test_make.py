@@ -203,6 +203,7 @@ def test_demo_without_escape_codes(tmp_path):
         ("lora", "", "--version 7 --n_layer 2 --n_embd 128"),
         ("lora", "--version 4", "--version 4 --n_layer 2 --n_embd 96"),
         ("demo", "--version 7", "--version 7 --n_layer 2 --n_embd 128"),
+        ("demo", "--help", "demo.sh [--version 4|7]"),
         ("demo", "--version 5.2", "error: --version 5.2: the demo takes only --version 4 or --version 7"),
     ],
 )

@@ -79,13 +79,14 @@ class LoRAConfig(TrainConfig):
     lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8", "fp8"] = "auto"
     """Data type of the frozen matrices. auto: bf16 with --precision bf16 (World models are stored
     in bf16), else fp32. nf4 (QLoRA: 4 bits, a quarter of bf16) and int8 (half of bf16) quantise
-    those of the blocks of --load_model while it is read; slower, and merging uses the original
+    the matrices of the blocks while load_model is read; slower, and merging uses the original
     weights. fp8 (half of bf16; modern stack, Ada, Hopper and later GPUs) also rounds the inputs of
     the matmuls to 8 bits, which tensor cores multiply at twice the rate of bf16, and their result
     to bf16; never chosen automatically."""
     use_dora: bool = False
-    """DoRA: also train the length of every row of the adapted matrices (lora_magnitude_vector), as
-    peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added in a merge."""
+    """DoRA: also train the magnitude of every row of the adapted matrices (lora_magnitude_vector),
+    as peft. It takes more memory and time than LoRA, and DoRA adapters cannot be added in a
+    merge."""
     use_rslora: bool = False
     """rsLoRA: scale the adapter's output by lora_alpha / √lora_r, so that the best learning rate
     depends less on the rank."""

@@ -47,8 +47,9 @@ class ServeConfig(RequestLimits):
     port: int = 8000
     """Port to listen on. 0: any free port."""
     api_key: str = ""
-    """Key that requests must have, as OpenAI's clients send it. Better in the environment, as
-    RWKV_API_KEY: other users of the machine can see command lines. Omitted: none is needed."""
+    """API key that requests must contain, as OpenAI's clients send it. Prefer the environment
+    variable RWKV_API_KEY, as other users of the machine can see command lines. Omitted: no key is
+    needed."""
     cors_origins: str = ""
     """Origins of web pages of other servers that may use this one, such as https://example.com,
     separated by commas. Omitted: none."""

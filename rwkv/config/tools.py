@@ -175,7 +175,7 @@ class ExportConfig:
     """lora_alpha of the adapter. Omitted: from its manifest."""
     state: str = ""
     """Tuned state to write into the model, which then begins with it. For pth, safetensors and st
-    (RWKV-5.2 to 7); other formats have no place for it."""
+    (RWKV-5.2 to 7); other formats cannot store it."""
     output: str = ""
     """File, or folder, to write."""
     format: Literal["auto", "pth", "safetensors", "gguf", "transformers", "fla", "peft", "st", "rwkv.cpp"] = "auto"
@@ -184,7 +184,7 @@ class ExportConfig:
     transformers: for RWKV-7 the layout of the official RWKV/RWKV7-* folders. fla: the layout of
     flash-linear-attention, RWKV-7. peft: only the adapter, as a folder for peft."""
     dtype: Literal["keep", "fp32", "bf16", "fp16", "q8_0"] = "keep"
-    """Data type of the weights. keep: unchanged if the format can hold it (st: fp16; rwkv.cpp: fp16
+    """Data type of the weights. keep: unchanged if the format supports it (st: fp16; rwkv.cpp: fp16
     instead of bf16). q8_0: 8 bits, only for gguf."""
     ctx_len: int = 1024
     """Context length for config.json of transformers; the model itself has no limit."""
@@ -227,22 +227,22 @@ class EstimateConfig:
     lora_r: int = 8
     """Rank of the adapter: r elements per row and column of each adapted matrix are trained."""
     lora_parts: str = "att,ln,time"
-    """What LoRA trains: adapters on the matrices of att, ffn, all-linear or single layers; ln and
-    time whole (see lora.py --help)."""
+    """What LoRA trains: adapters on the matrices of att, ffn, all-linear or single layers; ln,
+    time and state directly (see lora.py --help)."""
     use_dora: bool = False
-    """LoRA with DoRA, which also trains the norm of each row of the adapted matrices."""
+    """LoRA with DoRA, which also trains the magnitude of every row of the adapted matrices."""
     lora_base: Literal["auto", "bf16", "fp32", "nf4", "int8", "fp8"] = "auto"
     """Data type of the frozen matrices. nf4 takes about a quarter of bf16, int8 and fp8 half. auto:
     bf16 with precision bf16, else fp32."""
     optimizer: Literal["adam", "adamw8bit", "muon", "adafactor"] = "adam"
-    """adam: 8 bytes per trained element. adamw8bit: 2, and full tuning keeps no fp32 weights. muon:
-    4 for the matrices of the blocks. adafactor: one number per row and column."""
+    """adam: 8 bytes per trained element. adamw8bit: 2, and full fine-tuning keeps no fp32 weights.
+    muon: 4 for the matrices of the blocks. adafactor: one number per row and column."""
     release_grads: Literal[0, 1] = 0
     """1: with adamw8bit, each gradient is used and freed in the backward pass, so that they are
     never all in memory; not with accumulation or grad_clip."""
     bf16_copies: Literal[0, 1] = 0
-    """1: full tuning in bf16 with adam keeps a bf16 copy of the matrices of linear layers and head
-    beside their fp32 weights: 2 more bytes per parameter of these matrices."""
+    """1: full fine-tuning in bf16 with adam keeps a bf16 copy of the matrices of linear layers and
+    head beside their fp32 weights: 2 more bytes per parameter of these matrices."""
     ctx_len: int = 1024
     """Context length: tokens per sample."""
     micro_bsz: int = 12

@@ -273,15 +273,16 @@ class Machine:
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """On one GPU, capture the forward and backward pass of the blocks once as a CUDA graph and
     replay it in every step, so that Python does not start each kernel: small batches train several
-    times as fast. on: end with an error if that is not possible (several devices, DeepSpeed,
+    times as fast. auto: if the other flags allow it and its memory is predicted to fit; with torch
+    1.13.1 off. on: end with an error if the other flags exclude it (several devices, DeepSpeed,
     tbptt_len, grad_cp with dropout, release_grads, bf16_copies). Gradients and activations stay
     allocated for the whole run."""
     auto: bool = False
-    """Choose micro_bsz, accumulate_grad_batches and grad_cp (on GPUs also the strategy) so that the
-    predicted memory fits, without changing the effective batch of micro_bsz samples. If nothing
-    fits, also try lora_base int8 and nf4 (LoRA on load_model), last with optimizer adamw8bit, or
-    adamw8bit alone (all weights, in bf16), unless these flags are given, before DeepSpeed with
-    offload. The choice is reported and kept when the run is resumed; scripts/estimate.py shows the
+    """Choose micro_bsz, accumulate_grad_batches and grad_cp so that the predicted memory fits,
+    without changing the effective batch size. If that does not suffice, change these in turn,
+    unless the flag is given: strategy (all weights, several GPUs); lora_base int8, then nf4 (LoRA
+    on load_model); optimizer adamw8bit (all weights: only in bf16); strategy with offload (GPUs).
+    The choice is reported and kept when the run is resumed; scripts/estimate.py shows the
     prediction."""
     ds_bucket_mb: int = 200
     """DeepSpeed: size of a communication bucket in millions of elements. Smaller buckets take less

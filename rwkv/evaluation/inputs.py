@@ -113,7 +113,9 @@ def of_files(c: EvaluateConfig, temporary: Path) -> list[Input]:
             found += _rows(Path(path).name, data, _validation_part(data, c.val_split, 1) if c.val_split else None)
             continue
         if path != "-" and not Path(path).exists():
-            raise UserError(f"{path}: no such file, nor a binidx ({index_path(path)})")
+            raise UserError(
+                f"{path}: no such file, nor a binidx ({index_path(path)}); pass documents, or P for P.bin and P.idx"
+            )
         data, _ = _converted(c, path, temporary / f"{number}")
         found += _rows(Path(path).name, data)
     return found

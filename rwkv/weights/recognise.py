@@ -10,6 +10,7 @@ from rwkv.weights.archive import NotPlain
 from rwkv.weights.pickled_names import Forbidden
 
 _AGAIN = "Download it again"
+_USE = "Use a .pth or .safetensors file"
 _MAGIC = (
     (
         b"GGUF",
@@ -57,7 +58,7 @@ def describe_file(file: BinaryIO) -> str:
     if not size:
         return f"empty. {_AGAIN}"
     if found := next((text for magic, text in _MAGIC if head.startswith(magic)), None):
-        return found
+        return found if ". " in found else f"{found}. {_USE}"
     if head[257:262] == b"ustar":
         return "a tar archive. Unpack it first, and use the checkpoint in it; the tar format of torch before 0.1.10 is not supported"
     if not head.strip(b"\0"):
@@ -65,10 +66,10 @@ def describe_file(file: BinaryIO) -> str:
     if head[:1] == b"\x08" and re.search(rb"pytorch|onnx|ir_version|producer|tf2onnx", head[:200]):
         return "an ONNX model, which is made for inference. Use the .pth that it was exported from"
     if head[4:8] == b"TFL3":
-        return "a TensorFlow Lite model, not an RWKV checkpoint"
+        return f"a TensorFlow Lite model, not an RWKV checkpoint. {_USE}"
     text = _decode(head)
     return (
-        "not a checkpoint: neither a torch.save nor a safetensors file, nor another known format. Use a .pth or .safetensors file"
+        f"not a checkpoint: neither a torch.save nor a safetensors file, nor another known format. {_USE}"
         if text is None
         else _describe_text(text, size)
     )

@@ -269,7 +269,7 @@ def test_exported_with_its_model(make_base, script, tmp_path, version):
     assert ("pth, safetensors, st, or scripts/serve.py" in result.stderr) == (version == "7")
     if version == "4":  # https://github.com/cryscan/web-rwkv, src/runtime/v4.rs: no time_state
         rejected = script("export.py", "--model", "out.pth", "--output", "out.st", status=1).stderr
-        assert "for which st of RWKV-4 has no place; use --format pth, safetensors, or scripts/serve.py" in rejected
+        assert "which st of RWKV-4 cannot store; use --format pth, safetensors, or scripts/serve.py" in rejected
 
 
 def test_exported_for_web_rwkv(make_base, script, tmp_path):

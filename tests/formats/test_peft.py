@@ -82,7 +82,7 @@ def test_adapters_that_peft_cannot_hold(model_file, tmp_path):
     with pytest.raises(UserError, match=r"the adapter also trains blocks.0.att.\w+, which peft's adapters cannot hold"):
         script_main()(ExportConfig(lora=str(adapter), output=str(tmp_path / "peft"), format="peft"))
     for flags, message in (
-        ({"state": "state.pth"}, "--format peft has no place for --state state.pth"),
+        ({"state": "state.pth"}, "--format peft cannot store --state state.pth"),
         ({"dtype": "q8_0"}, "--dtype q8_0: peft files cannot hold it"),
         ({"max_shard_gb": -1}, "--max_shard_gb must be greater than 0; it is -1"),
     ):

@@ -53,9 +53,9 @@ CONTENTS = {
     "gzip": (b"\x1f\x8b\x08" + bytes(100), "compressed with gzip. Unpack"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(100), "compressed with zstd. Unpack"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(100), "a 7z archive. Unpack"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5.*not an RWKV checkpoint. Use a .pth"),
     "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x051.13" + bytes(100), "an ONNX model"),
-    "parquet": (b"PAR1" + bytes(100), "a parquet file: data"),
+    "parquet": (b"PAR1" + bytes(100), "a parquet file: data, not a model. Use a .pth or .safetensors file"),
     "random": (bytes([0xDE, 0xAD, 0xBE, 0xEF]) * 100, "not a checkpoint: neither a torch.save nor"),
     "a pickle": (pickle.dumps({"a": 1}, 4), "not one that torch.save wrote"),
 }
