@@ -54,6 +54,20 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def seed() -> None:
+    """Seed all random number generators."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Seed fixtures of several tests: their values do not depend on which test comes first."""
+    if fixturedef.scope != "function":
+        seed()
+
+
 def process_state() -> dict[str, object]:
     """Process-wide settings that a test could leave changed for later tests."""
     umask = os.umask(0o022)
@@ -108,9 +122,7 @@ def _process_state_unchanged():
     seed, whatever ran before it.
     """
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed()
     with unchanged("the test"):
         yield
         random.setstate(generators[0])
