@@ -66,6 +66,7 @@ def finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule, 
 
 def _exit_after_signal(folder: Path, step: int, end: int, callbacks: RunCallbacks) -> NoReturn:
     """Report a run that was stopped and saved before its last step, and exit."""
+    callbacks.signals.listen()
     if rank_zero_only.rank == 0:
         callbacks.metrics.plot(now=True)
     callbacks.page.write("stopped and saved")

@@ -217,6 +217,19 @@ def hosts():
         yield {f"10.77.0.{i + 1}": name for i, name in enumerate(names)}
 
 
+def ranks_on(host: str) -> list[int]:
+    """Processes of a host that run finetune.py, not its launchers."""
+    pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            started = any(word.endswith(b"finetune.py") for word in words)
+            if started and not any(b"torch.distributed" in word or b"launch.sh" in word for word in words):
+                found.append(int(pid))
+    return found
+
+
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -277,14 +290,13 @@ def test_dead_host_then_resume(root, hosts, launch_environment, commands, flags,
             return subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     first, second = (start_on(i, name) for i, name in enumerate(hosts.values()))
+    # Kill every process of a host, as when a machine dies; the rank is in another session than the
+    # launcher. It is looked up while it starts, as the run ends a second after its first state.
+    rank = wait_until(lambda: ranks_on(second_host), second)
     wait_until(lambda: list((tmp_path / "run/resume").glob("step-*.pt")), first)
+    for process in rank:
+        os.kill(process, signal.SIGKILL)
     os.killpg(second.pid, signal.SIGKILL)
-    # Its rank may be in another session: kill every process of the namespace, as when a machine
-    # dies.
-    pids = subprocess.run(["ip", "netns", "pids", second_host], capture_output=True, text=True, check=True)
-    for process in map(int, pids.stdout.split()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
     # the other host notices
     wait_until(lambda: "failed (exitcode: 1)" in (tmp_path / f"{first_host}.txt").read_text())
     # torchrun of torch 1.13.1 would wait five minutes for the lost host

@@ -42,9 +42,15 @@ class Signals(pl.Callback):
         self._terminals: list[int] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        self._module, self._terminals = module, [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self.listen()
+
+    def listen(self) -> None:
+        """Handle signals from now on. Called again after a stopped training, whose end restores the
+        default handlers: a duplicate of the signal would end the process before its last messages.
+        """
         if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
             return
-        self._module, self._terminals = module, [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in SIGNALS:
             if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # e.g. by nohup
                 continue
@@ -88,6 +94,8 @@ class Signals(pl.Callback):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS[1:]:  # ignore late duplicates
                 signal.signal(number, signal.SIG_IGN)
+            if signal.SIGINT in self._before:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + (self.received or signal.SIGTERM))

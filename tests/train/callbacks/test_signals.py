@@ -58,6 +58,28 @@ def test_repeated_signal_saves(start, arguments, tmp_path, numbers):
     assert is_saved(tmp_path / "run")
 
 
+DUPLICATE_AT_THE_END = """
+import os, runpy, sys
+from rwkv.train.callbacks import metrics, signals
+signals.DUPLICATE_SECONDS = 1000  # however long saving takes
+metrics.plot = lambda *_: os.kill(os.getpid(), number)  # drawn after the training has ended
+number = int(sys.argv.pop(1))
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_duplicate_after_saving_is_ignored(start, arguments, tmp_path, root, number):
+    (tmp_path / "program.py").write_text(DUPLICATE_AT_THE_END)
+    process = start(tmp_path / "program.py", int(number), root / "scripts/finetune.py", *arguments)
+    wait_for_steps(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    printed = "".join(process.communicate())
+    assert process.returncode == 128 + number, printed
+    assert "of 100,000 and saved" in printed
+    assert is_saved(tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_sighup_and_sigusr1_save(start, arguments, tmp_path, number):
     process = start("finetune.py", *arguments)
