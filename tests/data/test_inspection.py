@@ -195,16 +195,16 @@ def test_inspect_memory_is_constant(tmp_path, root):
             for i in range(count):
                 out.add(np.full(10_000, 1 + i % 200))
         program = f"""
-import resource
 from rwkv.data.binidx import Dataset
 from rwkv.data import inspection
 inspection._CHUNK = 1 << 20
 inspection.inspect(Dataset({str(tmp_path / name)!r}), 1024, 12)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+status = open("/proc/self/status").read()  # not ru_maxrss, which begins with that of the process before exec
+print(int(status.split("VmHWM:")[1].split()[0]) >> 10)
 """
         result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
         peaks.append(int(result.stdout))
-    assert peaks[1] - peaks[0] < 20, peaks  # MiB; the large file is 54 MiB larger
+    assert peaks[1] - peaks[0] < 30, peaks  # MiB; the large file is 54 MiB larger, 9 measured
 
 
 def test_histogram_png(tmp_path):

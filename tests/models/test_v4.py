@@ -68,9 +68,9 @@ def test_token_by_token_matches_parallel(make_model, sizes):
         for t in range(tokens.shape[1]):
             logits, state = model(tokens[:, t : t + 1], state)
             rows.append(logits)
-    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=1e-5, atol=1e-5)  # fp32 matmuls of other shapes
+    torch.testing.assert_close(torch.cat(rows, 1), parallel, rtol=5e-5, atol=5e-5)  # fp32 matmuls of other shapes
     for ours, theirs in zip(state, last, strict=True):
-        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=5e-5, atol=5e-5)
 
 
 def test_gradient_checkpointing_same_gradients(make_model):
