@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 from rwkv.errors import UserError
 from rwkv.train.runtime import launcher
@@ -20,7 +21,9 @@ from rwkv.train.runtime.process import environment
 
 _STARTED_BY = "RWKV_STARTED_BY"  # environment variable of ranks started by rank 0: its process id
 _SET_PDEATHSIG = 1  # of prctl(2)
-_GRACE_SECONDS = 120.0  # long enough for rank 0 to save, and to report an error of its own
+# In which rank 0 ends by itself after another has failed. It may be saving, or importing DeepSpeed
+# before the ranks have met.
+_GRACE_SECONDS, _GRACE_SECONDS_AT_START = 120.0, 30.0
 _ADVICE = (
     "if there is none, it was killed, perhaps because it ran out of memory (see dmesg). Run the same command to resume from the last"
     " saved state"
@@ -62,9 +65,9 @@ def started(ranks: int, nodes: int) -> Iterator[None]:
     started them; they end with this process (see `end_with_parent`). Lightning's trainer must be
     created in this block.
 
-    If one of them fails, and this process has not ended by itself two minutes later because it
-    waits for that rank in a collective operation, it is ended with exit status 1. Lightning would
-    kill it within 5 s, before it can report an error of its own.
+    If one of them fails, and this process has not ended by itself two minutes later (30 s before
+    the ranks have met) because it waits for that rank in a collective operation, it is ended with
+    exit status 1. Lightning would kill it within 5 s, before it can report an error of its own.
 
     Args:
         ranks: number of processes on this machine.
@@ -88,7 +91,8 @@ def started(ranks: int, nodes: int) -> Iterator[None]:
         os.environ["WORLD_SIZE"] = str(ranks * nodes)
         os.environ["LOCAL_RANK"] = "0"  # from this Lightning concludes that the ranks have been started
         with environment(_STARTED_BY, str(os.getpid())):
-            children = [subprocess.Popen(command, env=os.environ | {"LOCAL_RANK": str(i)}) for i in range(1, ranks)]
+            theirs = {name: value for name, value in os.environ.items() if name != "RANK"}  # 0, if set
+            children = [subprocess.Popen(command, env=theirs | {"LOCAL_RANK": str(i)}) for i in range(1, ranks)]
         threading.Thread(target=_watch, args=(children, left), name="ranks", daemon=True).start()
         try:
             yield
@@ -126,10 +130,13 @@ def _watch(children: list[subprocess.Popen], left: threading.Event) -> None:
     """
     while not left.wait(1):
         for rank, child in enumerate(children, 1):
-            if child.poll() and not left.wait(_GRACE_SECONDS):
+            if not child.poll():
+                continue
+            seconds = _GRACE_SECONDS if dist.is_initialized() else _GRACE_SECONDS_AT_START
+            if not left.wait(seconds):
                 print(
                     f"error: rank {rank} of this machine (process {child.pid}) ended with exit status {child.returncode}, and rank 0 has waited"
-                    f" for it for {_GRACE_SECONDS:g} s. See its error message; {_ADVICE}",
+                    f" for it for {seconds:g} s. See its error message; {_ADVICE}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -81,7 +81,7 @@ def fit(*arguments):
     time.sleep({seconds})
     raise RuntimeError("Connection closed by peer")
 compat.fit = fit
-peers._GRACE_SECONDS = {grace}
+peers._GRACE_SECONDS_AT_START = {grace}
 exec(open({script!r}).read())  # unlike runpy it leaves sys.argv, the command of the other ranks
 """
 
@@ -164,7 +164,8 @@ def test_started_rank(monkeypatch, tmp_path):
     for name in ("LOCAL_RANK", "MASTER_PORT", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GROUP_RANK", "1")
-    names = ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT", "RWKV_STARTED_BY")
+    monkeypatch.setenv("RANK", "0")
+    names = ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT", "RWKV_STARTED_BY", "RANK")
     shown = " ".join(f"${name}" for name in names)
     command = ["sh", "-c", f"echo $$ {shown} > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/rank"]
     monkeypatch.setattr(peers, "_command", lambda ranks: command)
