@@ -11,7 +11,7 @@ from rwkv.data.convert.jsonl import BadRecord
 from rwkv.data.convert.source_file import Source
 from rwkv.errors import UserError
 
-_BATCH = 1 << 28  # maximum bytes of a batch of parquet rows
+_BATCH = 1 << 26  # maximum bytes of a batch of parquet rows
 _DICTIONARY_PAGE = 2  # Thrift's PageType of a dictionary
 _EXPANDED = 1 << 26  # bytes of rows to convert to Python objects at a time
 
@@ -61,7 +61,7 @@ def _batch(table: Any, file: BinaryIO, columns: Sequence[str]) -> tuple[int, lis
                 and metadata.num_rows
             ):
                 row_bytes = _longest(file, column) * max(1, column.num_values // metadata.num_rows)
-                if row_bytes > _BATCH // 4:
+                if row_bytes > _BATCH:
                     kept.add(column.path_in_schema)
                 else:
                     rows = min(rows, max(1, _BATCH // max(1, row_bytes)))

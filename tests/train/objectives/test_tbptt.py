@@ -127,8 +127,9 @@ def test_bf16_close_to_fp32(make_model, exact):
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 torch.set_num_threads(1)
+from rwkv.memory import machine
 from rwkv.models import RWKV
 from rwkv.models.v4 import Sizes
 from rwkv.train.objectives import tbptt
@@ -137,7 +138,7 @@ model.initialise(1e-4)
 def peak(length):
     x = torch.randint(500, (1, length))
     tbptt.mean_loss(model, x, x, None, None, 128, exact=sys.argv[1] == "True").backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return machine.rss_peak() / 2**20
 first = peak(512)
 print(peak(8192) - first)
 """
