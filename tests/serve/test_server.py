@@ -55,7 +55,7 @@ def test_startup_errors(make_base, tmp_path, root):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases = [
-            ({"port": 0}, "only World models can generate text"),
+            ({"port": 0}, "not the World vocabulary of 65536; use a World model"),
             ({"port": port}, f"127.0.0.1:{port} is in use by another program; stop it, or use another --port"),
             ({"host": "192.0.2.1"}, "is not an address of this machine"),  # reserved for documentation
             ({"port": 70000}, "from 0 to 65535"),
