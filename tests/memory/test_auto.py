@@ -22,15 +22,13 @@ SIZES = Sizes(2, 64, 500, 64, 256)
 HOST = 64 * 10**9
 
 
-class TrainerCreated(Exception):
-    """Raised in place of creating the trainer, which needs GPUs."""
+class Resolved(Exception):
+    """Raised in place of building the model, as the run would need GPUs."""
 
 
 @pytest.fixture
 def resolved_flags(monkeypatch, make_data, tmp_path):
-    """Run a command line on simulated GPUs of `memory` bytes each; returns the flags passed to the
-    trainer.
-    """
+    """Run a command line on simulated GPUs of `memory` bytes each; returns the resolved flags."""
     fit = importlib.import_module("rwkv.train.fit")
 
     def run(kind, memory: int, *flags: str, host: int = HOST, version: str = "4"):
@@ -38,10 +36,10 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
         monkeypatch.setattr(machine, "memory_of", lambda gpu, devices=1: memory if gpu else host)
         monkeypatch.setattr(compat, "why_deepspeed_unavailable", lambda on_gpu: None)
 
-        def make_trainer(run, callbacks):
-            raise TrainerCreated(run.flags)
+        def build(run):
+            raise Resolved(run.flags)
 
-        monkeypatch.setattr(fit, "make_trainer", make_trainer)
+        monkeypatch.setattr(fit.setup, "build", build)
         sizes = ["--version", version, "--n_layer", "2", "--n_embd", "64", "--vocab_size", "500"]
         common = [
             "--data_file",
@@ -54,7 +52,7 @@ def resolved_flags(monkeypatch, make_data, tmp_path):
             "4",
         ]
         common += ["--epoch_steps", "3", "--epoch_count", "1", "--precision", "bf16", "--random_seed", "1", "--auto"]
-        with pytest.raises(TrainerCreated) as caught:
+        with pytest.raises(Resolved) as caught:
             fit.fit(parse(kind, "", [*sizes, *common, *flags]))
         return caught.value.args[0]
 

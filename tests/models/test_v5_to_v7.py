@@ -66,7 +66,7 @@ def assert_states_close(ours, expected):
     differences.
     """
     for mine, other in zip(ours, expected, strict=True):
-        scale = max(1.0, float(other.abs().max()) / 10)
+        scale = max(1.0, float(other.detach().abs().max()) / 10)
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * scale)
 
 
