@@ -19,6 +19,7 @@ from rwkv.config import (
 )
 from rwkv.errors import UserError
 from rwkv.legacy_flags import IGNORED, NOT_SUPPORTED
+from rwkv.train.runtime.lightning import pl
 
 
 def test_upstream_spellings():
@@ -151,8 +152,7 @@ def test_no_flag_of_upstreams_trainers_is_unknown():
 
 
 def test_no_flag_of_lightnings_trainer_is_unknown():
-    trainer = pytest.importorskip("pytorch_lightning").Trainer
-    names = set(inspect.signature(trainer.__init__).parameters) - {"self", "callbacks"}
+    names = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self", "callbacks"}
     assert names <= {*NOT_SUPPORTED, *IGNORED, *TrainConfig.__dataclass_fields__}
 
 

@@ -32,7 +32,7 @@ with torch.no_grad():
 def adapter_of(base, path, parts=("att", "ffn"), alpha=12.0, dora=False):
     """Write a random adapter on a base."""
     model = checkpoint.load_model(base)
-    torch.manual_seed(1)  # whatever other tests have left to make
+    torch.manual_seed(1)  # making the base, at its first use, has drawn numbers
     lora.inject(model, parts, 4, alpha, dora=dora)
     with torch.no_grad():
         for name in lora.adapter_names(model, parts):

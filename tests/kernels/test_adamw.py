@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv import compat
-from rwkv.kernels import adamw, load, quant
+from rwkv.kernels import adamw, quant
 from tests.oracle import ask, digest, needs_oracle
 
 # of bitsandbytes 0.50.2, printed by PROGRAM: beginnings of SHA-256
@@ -97,7 +97,6 @@ def test_small_elements_move_little_after_their_gradient():
         assert bool(((p - before).abs() <= 1e-3).all())
 
 
-@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
 @pytest.mark.parametrize("dtype", adamw_cases.DTYPES, ids=str)
 @pytest.mark.parametrize("size", adamw_cases.SIZES)
 def test_kernel_equals_reference(dtype, size):
@@ -106,7 +105,6 @@ def test_kernel_equals_reference(dtype, size):
     assert all(torch.equal(compiled[name], expected[name]) for name in expected)
 
 
-@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
 def test_kernel_independent_of_threads():
     threads, found = torch.get_num_threads(), []
     for count in (1, 3):
@@ -209,7 +207,6 @@ def test_state_size():
     assert adamw.state_bytes(1 << 20) == (2 + 8 / 256) * 2**20
 
 
-@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
 def test_invalid_arguments():
     p, state = torch.zeros(5000, dtype=torch.bfloat16), adamw.new_state(torch.zeros(5000))
 

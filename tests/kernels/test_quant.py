@@ -8,7 +8,7 @@ import torch
 
 from rwkv import compat
 from rwkv.adapters.lora import LoRALinear
-from rwkv.kernels import load, quant
+from rwkv.kernels import quant
 from rwkv.kernels.linear import linear
 from rwkv.kernels.quant import FP8, NF4, Int8
 from tests.oracle import ask, digest, needs_oracle
@@ -93,7 +93,6 @@ def test_equals_bitsandbytes(tmp_path):
     assert digests() == json.loads(ask(PROGRAM, tmp_path / "in.pt").splitlines()[-1])
 
 
-@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [NF4, Int8])
 def test_kernel_matches_reference(kind, dtype, monkeypatch):
@@ -105,7 +104,6 @@ def test_kernel_matches_reference(kind, dtype, monkeypatch):
         assert torch.equal(x, matrix.dense(dtype))
 
 
-@pytest.mark.skipif(load.why_unavailable() is not None, reason="not compiled")
 def test_quantisation_kernel_matches_reference(monkeypatch):
     """Also at the thresholds themselves, where the lower level is chosen, and with zeros."""
     found = list(matrices().values())

@@ -2,7 +2,6 @@
 CPUs.
 """
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -40,9 +39,6 @@ def faults_and_denormal(prepared: bool) -> tuple[int, float]:
     return int(faults), float(denormal)
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's; other C libraries have their own rules"
-)
 def test_freed_memory_is_reused():
     # 18 MB in pages of 4 KiB are 4608 faults per step. Measured in 20 steps: 0, and 39,000 in an
     # unprepared process; but as glibc adapts its thresholds, the latter varies, and only its
