@@ -80,6 +80,7 @@ ROWS = (
     Row("1.5b LoRA B8, graph, nf4", "4", "1.5b", "lora", 8, graph=True, base="nf4"),
     Row("1.5b LoRA B8, graph, fp8", "4", "1.5b", "lora", 8, graph=True, base="fp8"),
     Row("0.1b full B8, copies", "4", "0.1b", "full", 8, copies=True),
+    Row("0.1b full B8, graph, copies", "4", "0.1b", "full", 8, graph=True, copies=True),
 )
 
 

@@ -221,8 +221,7 @@ class Optimizer:
     beside their fp32 weights; the optimizer's step writes it. 0: they are cast in every forward and
     backward pass. Losses and weights are the same bit for bit. It saves a few percent of the time
     of a step with few tokens, and takes 2 bytes per parameter of these matrices. Only with adam;
-    not with DeepSpeed. On one GPU it excludes the CUDA graph, which saves more. Checkpoints do not
-    contain it; may change when a run is resumed."""
+    not with DeepSpeed. Checkpoints do not contain it; may change when a run is resumed."""
     beta1: float = 0.9
     """Adam's β₁: decay of the running mean of gradients."""
     beta2: float = 0.99
@@ -275,8 +274,7 @@ class Machine:
     replay it in every step, so that Python does not start each kernel: small batches train several
     times as fast. auto: if the other flags allow it and its memory is predicted to fit; with torch
     1.13.1 off. on: end with an error if the other flags exclude it (several devices, DeepSpeed,
-    tbptt_len, grad_cp with dropout, release_grads, bf16_copies). Gradients and activations stay
-    allocated for the whole run."""
+    tbptt_len, release_grads). Gradients and activations stay allocated for the whole run."""
     auto: bool = False
     """Choose micro_bsz, accumulate_grad_batches and grad_cp so that the predicted memory fits,
     without changing the effective batch size. If that does not suffice, change these in turn,

@@ -75,6 +75,15 @@ def written(weight: Tensor) -> None:
         copy.written(weight)
 
 
+def update(weights: Iterable[Tensor]) -> None:
+    """Make those copies again that are not of their weights' present values; before a replay of a
+    CUDA graph, which reads copies without `cached`.
+    """
+    for weight in weights:
+        if copy := _of(weight):
+            copy.current(weight)
+
+
 @torch.no_grad()
 def refresh(weights: Iterable[Tensor]) -> None:
     """Write the copies of those weights that have one; on GPUs in few kernels (torch 2)."""

@@ -3,7 +3,7 @@ checkpointing.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv import compat
+from rwkv.kernels.elementwise.seeds import Seeds
 from rwkv.kernels.head_loss import head_loss, log_probabilities
 from rwkv.kernels.linear import Matrix
 from rwkv.models.layers import Device, Norm, dropout, repeated
@@ -159,15 +160,19 @@ class RWKV(nn.Module):
     def _run_block(self, block: nn.Module, *arguments: Any) -> Any:
         if not (self.grad_cp and torch.is_grad_enabled()):
             return block(*arguments)
-        if not self.reentrant:
-            x = arguments[0]  # in a CUDA graph the state of random generators cannot be read; it has no dropout
-            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=not capturing)
-        return _checkpoint_reentrant(block, *arguments)
+        seeds = Seeds()
+
+        def run(*arguments: Any) -> Any:  # the block's only random numbers are seeds of dropout
+            with seeds:
+                return block(*arguments)
+
+        if self.reentrant:
+            return _checkpoint_reentrant(run, *arguments)
+        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _checkpoint_reentrant(
-    block: nn.Module,
+    block: Callable[..., Any],
     x: Tensor,
     state: tuple[Tensor, ...],
     carry: tuple[Tensor, ...],
@@ -182,7 +187,7 @@ def _checkpoint_reentrant(
 
     if not x.requires_grad:  # after a frozen embedding; gradients are computed only if an input requires them
         x = x.detach().requires_grad_()
-    y, *tensors = checkpoint(flat, x, *state, *carry, use_reentrant=True)
+    y, *tensors = checkpoint(flat, x, *state, *carry, use_reentrant=True, preserve_rng_state=False)
     return y, tuple(tensors[:n]), tuple(tensors[n:])
 
 

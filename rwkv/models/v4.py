@@ -113,7 +113,7 @@ class TimeMix(nn.Module):
 def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
     """As `_wkv4`, but y is recomputed in the backward pass instead of saved."""
     y, state = _wkv4(*inputs)
-    return native.recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs), state
+    return native.recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs, several_uses=True), state
 
 
 def _wkv4(

@@ -97,10 +97,6 @@ def _auto(c: TrainConfig, sizes: Sizes, on_gpu: bool, before: dict[str, Any] | N
 def _with_cuda_graph(c: TrainConfig, sizes: Sizes, on_gpu: bool) -> TrainConfig:
     """Set cuda_graph if it is automatic: on if possible, and if its memory fits."""
     resolved = dataclasses.replace(c, cuda_graph=cuda_graph.resolve(c, on_gpu))
-    if c.bf16_copies and cuda_graph.resolve(dataclasses.replace(c, bf16_copies=0), on_gpu) == "on":
-        say(
-            "note:  --bf16_copies 1 excludes the CUDA graph, without which small batches may take several times as long"
-        )
     if c.cuda_graph == "auto" and resolved.cuda_graph == "on":
         planned = plan_of(resolved, sizes, on_gpu, c.precision)
         if 0 < auto.available(planned) < estimate.estimate(planned).total:

@@ -10,6 +10,7 @@ import torch
 from rwkv import checkpoint
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
+from rwkv.kernels.linear import Matrix
 from rwkv.models.version import VERSIONS
 from rwkv.train.fit import fit
 from rwkv.train.loop.cuda_graph import GraphedBlocks
@@ -100,6 +101,7 @@ GRAPHED = {
     "accumulated": {"accumulate_grad_batches": 2},
     "reset": {"doc_reset": 1},
     "grad_cp": {"grad_cp": 1},
+    "copies": {"precision": "bf16", "bf16_copies": 1},
     "fp16": {"precision": "fp16"},
     "RWKV-5.2": {"version": "5.2"},
     "RWKV-6": {"version": "6"},
@@ -107,8 +109,15 @@ GRAPHED = {
 }
 
 
-@pytest.mark.parametrize("variant", GRAPHED)
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [
+        (method, variant)
+        for method in ("full", "lora")
+        for variant in GRAPHED
+        if (method, variant) != ("lora", "copies")
+    ],
+)
 def test_cuda_graph_same_losses(losses, make_base, method, variant):
     flags = {"precision": "fp32", "accelerator": "gpu", **GRAPHED[variant]}
     config, model = TrainConfig, {**MODEL, "version": flags.pop("version", MODEL["version"])}
@@ -124,6 +133,44 @@ def test_cuda_graph_resumes_exactly_with_dropout(losses, make_base):
     whole = losses(LoRAConfig, "whole", cuda_graph="on", **flags)
     losses(LoRAConfig, "parts", cuda_graph="on", max_steps=7, **flags)
     assert losses(LoRAConfig, "parts", cuda_graph="on", **flags) == whole
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_cuda_graph_recomputes_with_the_same_dropout(make_base, version):
+    """Gradients with --grad_cp 1 are those without it, in the captured pass and in replays."""
+    model = checkpoint.load_model(make_base(**{**MODEL, "version": version}), device="cuda").train()
+    model.dropout, tokens, found = 0.5, torch.randint(300, (2, 50), device="cuda"), []
+    for grad_cp in (False, True):
+        model.grad_cp = grad_cp
+        blocks = GraphedBlocks(model)
+        for seed in (5, 6):
+            blocks(tokens)
+            model.zero_grad(set_to_none=True)
+            torch.cuda.manual_seed(seed)
+            y = blocks(tokens)
+            y.square().sum().backward()
+            found.append([y.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert not torch.equal(found[0][0], found[1][0])
+    for saved, recomputed in zip(found[:2], found[2:], strict=True):
+        for a, b in zip(saved, recomputed, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+
+def test_cuda_graph_sees_new_weights_and_their_copies(make_base):
+    """A weight that is written between two replays, as by a checkpoint that is loaded."""
+    model = checkpoint.load_model(make_base(**MODEL), device="cuda").train()
+    for layer in model.modules():
+        if isinstance(layer, Matrix):
+            layer.keep_bf16_copy()
+    blocks, tokens = GraphedBlocks(model), torch.randint(300, (2, 50), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        first = blocks(tokens).detach().clone()
+        with torch.no_grad():
+            model.blocks[1].ffn.value.weight.mul_(2)
+        second = blocks(tokens).detach().clone()
+        expected = model.hidden(tokens)[0].detach()
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, expected, rtol=0.02, atol=0.02)  # cuBLAS may choose other kernels
 
 
 def test_cuda_graph_draws_dropout_in_every_replay(make_base):

@@ -23,6 +23,7 @@ from torch import Tensor
 from rwkv import compat
 from rwkv.kernels import gpu, load
 from rwkv.kernels.elementwise import reference
+from rwkv.kernels.elementwise.seeds import new_seed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the compiled kernels
 
@@ -35,9 +36,35 @@ class Recompute:
     inputs: tuple[Tensor | None, ...]
 
 
-def recomputed(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Let backward passes recompute y = function(*inputs). Inputs must not change until then."""
+class _Kept:
+    """A function whose result is kept from its first call until `release`."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self._function = function
+        self._result: Tensor | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        if self._result is None:
+            self._result = self._function(*inputs)
+        return self._result
+
+    def release(self, _: Tensor) -> None:
+        self._result = None
+
+
+def recomputed(
+    y: Tensor, function: Callable[..., Tensor], *inputs: Tensor | None, several_uses: bool = False
+) -> Tensor:
+    """Let backward passes recompute y = function(*inputs). Inputs must not change until then.
+
+    With `several_uses`, y is recomputed once per backward pass: it is kept from its first use until
+    the gradient with respect to it is complete, after all its uses. (If y requires no gradient,
+    there is no such moment, and each use recomputes it.)
+    """
     if torch.is_grad_enabled():
+        if several_uses and y.requires_grad:
+            function = _Kept(function)
+            y.register_hook(function.release)
         y.recompute = Recompute(function, tuple(None if t is None else t.detach() for t in inputs))  # type: ignore[attr-defined]
     return y
 
@@ -167,7 +194,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     y = _Norm.apply(x, weight, bias, eps, dtype)
     # copy the parameters: under ZeRO-3 they may not be gathered when y is recomputed
     copies = (t.detach().float().clone() for t in (weight, bias))
-    return recomputed(y, functools.partial(_norm, eps, dtype), x, *copies)
+    return recomputed(y, functools.partial(_norm, eps, dtype), x, *copies, several_uses=True)
 
 
 class _Mix(torch.autograd.Function):
@@ -341,16 +368,6 @@ class _Drop(torch.autograd.Function):
 def drop(x: Tensor, p: float) -> Tensor:
     """x / (1 − p), or 0 with probability p. Saves nothing."""
     return _Drop.apply(x, p)
-
-
-def new_seed(device: torch.device) -> Tensor:
-    """A seed for dropout, a scalar int64 on `device`, from the CPU generator, which gradient
-    checkpointing restores. While a CUDA graph is captured: from the GPU's generator, so that every
-    replay draws another one.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.randint(1 << 31, (), device=device)
-    return torch.full((), int(torch.randint(1 << 31, ())), device=device)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:

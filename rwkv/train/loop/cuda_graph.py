@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rwkv import compat
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.kernels import load
+from rwkv.kernels import bf16_copy, load
 from rwkv.models import RWKV
 
 
@@ -33,13 +33,8 @@ def _why_not(c: TrainConfig, on_gpu: bool) -> str | None:
         return "it needs a single GPU and --strategy auto; omit one of the flags"
     if c.release_grads:
         return "it keeps the memory of all gradients, which --release_grads 1 frees; omit one of the flags"
-    if c.bf16_copies:
-        return "a replay would not see that --bf16_copies 1 replaces a copy; omit one of the flags"
     if c.tbptt_len:
         return "it is incompatible with --tbptt_len, whose chunks carry the state; omit one of the flags"
-    if c.grad_cp and (c.dropout or (c.adapter and c.adapter.lora_dropout)):
-        dropout = "--dropout" if c.dropout else "--lora_dropout"
-        return f"--grad_cp 1 would recompute with another dropout mask; pass {dropout} 0, or omit one of the flags"
     return None
 
 
@@ -76,10 +71,12 @@ class GraphedBlocks:
                 self._blocks = self._captured(x, reset)
         if self._blocks is None or x.shape != self._shape:
             return self._model.after_embedding(x, None, reset)[0]
+        bf16_copy.update(self._blocks.parameters())
         return self._blocks(*((x,) if reset is None else (x, reset)))
 
     def _captured(self, x: Tensor, reset: Tensor | None) -> _Blocks:
         device, blocks = x.device, _Blocks(self._model).train()
+        bf16_copy.update(blocks.parameters())  # so that the graph does not
         sample = [x.detach().clone().requires_grad_(x.requires_grad)]
         if reset is not None:
             sample.append(torch.zeros_like(reset))
