@@ -49,6 +49,17 @@ WKV_FN unsigned short float_to_bf16(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
 }
+// Two numbers in one instruction, the first in the low half.
+WKV_FN unsigned float_to_two_bf16(float low, float high) {
+  unsigned y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+WKV_FN unsigned float_to_two_fp16(float low, float high) {
+  unsigned y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
 #define TENSOR_CORES
 // d += a b for matrices a [16, 8], b [8, 8] and d [16, 8] spread over a warp, in TF32: the low 13 bits of a's and b's
 // elements do not count. With g = lane / 4 and t = lane % 4, a thread has a[g][t], a[g + 8][t], a[g][t + 4],
@@ -65,6 +76,8 @@ WKV_FN unsigned short float_to_bf16(float x) {  // round to nearest even
   const unsigned bits = __float_as_uint(x);
   return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
 }
+WKV_FN unsigned float_to_two_bf16(float low, float high) { return float_to_bf16(low) | (unsigned)float_to_bf16(high) << 16; }
+WKV_FN unsigned float_to_two_fp16(float low, float high) { return float_to_fp16(low) | (unsigned)float_to_fp16(high) << 16; }
 #endif
 #endif
 
@@ -78,3 +91,5 @@ WKV_FN float load(const fp16* p) { return fp16_to_float(p->bits); }
 WKV_FN void store(fp32* p, float x) { p->x = x; }
 WKV_FN void store(bf16* p, float x) { p->bits = float_to_bf16(x); }
 WKV_FN void store(fp16* p, float x) { p->bits = float_to_fp16(x); }
+WKV_FN unsigned two(const bf16*, float low, float high) { return float_to_two_bf16(low, high); }
+WKV_FN unsigned two(const fp16*, float low, float high) { return float_to_two_fp16(low, high); }

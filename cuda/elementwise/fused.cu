@@ -2,13 +2,13 @@
 // neighbouring elements, 16 bytes per access, or single elements where length or alignment does not
 // allow it (kernels named _any). Arithmetic is fp32 for every dtype.
 //
-// norm       one block per row, kept in registers up to 8192 channels
+// norm       one block for a few rows, which are read ahead and kept in registers up to 8192 channels
 // norm_sums  gradients of w and b: one thread per 8 channels and slice of rows
 // mix        one thread per 8 channels and slice of time: the previous token is still in registers.
 //            The gradient runs backward in time
 // loss       one block per row of logits: one pass for the maximum and the sum, one that replaces
-//            the logits by their gradient. Rows may be longer than the vocabulary; what is beyond it
-//            is neither read nor written
+//            the logits by their gradient and usually reads them from the L2 cache. Rows may be longer
+//            than the vocabulary; what is beyond it is neither read nor written
 // others     one thread per 8 elements
 //
 // No atomics, and every sum has a fixed order: results are bit-identical. The memory of a thread
@@ -34,36 +34,35 @@ WKV_FN Words4 load_words(const void* from) {
 }
 WKV_FN void store_words(void* to, Words4 v) { *(uint4*)to = uint4{v.w[0], v.w[1], v.w[2], v.w[3]}; }
 
-template <class E> WKV_FN Vec8 load_vec8(const E* p) {  // 16-bit E
-  const Words4 v = load_words(p);
+// 8 elements as they are in memory. What is read ahead stays so, as a conversion would wait for it.
+template <class E> struct Raw8 { Words4 v; };  // 16-bit E
+template <> struct Raw8<fp32> { Words4 low, high; };
+template <class E> WKV_FN Raw8<E> load_raw8(const E* p) { return {load_words(p)}; }
+WKV_FN Raw8<fp32> load_raw8(const fp32* p) { return {load_words(p), load_words(p + 4)}; }
+template <class E> WKV_FN Vec8 of_raw8(Raw8<E> from) {
   Vec8 y;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const E low = {(unsigned short)v.w[i]}, high = {(unsigned short)(v.w[i] >> 16)};
+    const E low = {(unsigned short)from.v.w[i]}, high = {(unsigned short)(from.v.w[i] >> 16)};
     y.x[2 * i] = load(&low);
     y.x[2 * i + 1] = load(&high);
   }
   return y;
 }
-WKV_FN Vec8 load_vec8(const fp32* p) {
-  const Words4 low = load_words(p), high = load_words(p + 4);
+WKV_FN Vec8 of_raw8(Raw8<fp32> from) {
   Vec8 y;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    y.x[i] = as_float(low.w[i]);
-    y.x[4 + i] = as_float(high.w[i]);
+    y.x[i] = as_float(from.low.w[i]);
+    y.x[4 + i] = as_float(from.high.w[i]);
   }
   return y;
 }
-template <class E> WKV_FN void store_vec8(E* p, Vec8 x) {
+template <class E> WKV_FN Vec8 load_vec8(const E* p) { return of_raw8(load_raw8(p)); }
+template <class E> WKV_FN void store_vec8(E* p, Vec8 x) {  // 16-bit E
   Words4 v;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    E low, high;
-    store(&low, x.x[2 * i]);
-    store(&high, x.x[2 * i + 1]);
-    v.w[i] = low.bits | (unsigned)high.bits << 16;
-  }
+  for (int i = 0; i < 4; i++) v.w[i] = two(p, x.x[2 * i], x.x[2 * i + 1]);
   store_words(p, v);
 }
 WKV_FN void store_vec8(fp32* p, Vec8 x) {
@@ -82,6 +81,9 @@ WKV_FN void store_vec8(fp32* p, Vec8 x) {
 // for all dtypes, which saves compile time.
 template <class E> struct Vectorized {
   static constexpr int W = FUSED_WIDTH;
+  typedef Raw8<E> Raw;
+  WKV_MEMBER Raw raw(const void* from, long long at) const { return load_raw8((const E*)from + at); }
+  WKV_MEMBER Vec<W> of_raw(Raw x) const { return of_raw8(x); }
   WKV_MEMBER float one(const void* from, long long at) const { return load((const E*)from + at); }
   WKV_MEMBER Vec<W> get(const void* from, long long at) const { return load_vec8((const E*)from + at); }
   WKV_MEMBER void put(void* to, long long at, Vec<W> x) const { store_vec8((E*)to + at, x); }
@@ -94,7 +96,10 @@ template <class E> struct Vectorized {
 };
 struct AnyDtype {
   static constexpr int W = 1;
+  typedef Vec<W> Raw;
   int dtype;
+  WKV_MEMBER Raw raw(const void* from, long long at) const { return get(from, at); }
+  WKV_MEMBER Vec<W> of_raw(Raw x) const { return x; }
   WKV_MEMBER float one(const void* from, long long at) const {
     if (dtype == DTYPE_FP32) return load((const fp32*)from + at);
     if (dtype == DTYPE_BF16) return load((const bf16*)from + at);
@@ -128,7 +133,9 @@ struct Add { template <class V> static WKV_MEMBER V of(V x, V y) { return x + y;
 struct Min { template <class V> static WKV_MEMBER V of(V x, V y) { return x < y ? x : y; } };
 struct Max { template <class V> static WKV_MEMBER V of(V x, V y) { return x > y ? x : y; } };
 
-template <class Op, class V> WKV_FN V block_reduce(V x) {  // every thread gets the result
+// Every thread gets the result. Of two reductions in succession, also around a loop, `buffer` must differ: then the
+// barrier of one separates the reads of the other from the writes of a third.
+template <class Op, int buffer, class V> WKV_FN V block_reduce(V x) {
   SHARED V of_warp[FUSED_ROW_THREADS / 32];
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) x = Op::of(x, shuffle_xor(x, mask));
@@ -136,76 +143,105 @@ template <class Op, class V> WKV_FN V block_reduce(V x) {  // every thread gets 
   barrier();
   x = of_warp[0];
   for (unsigned i = 1; i < block_size() / 32; i++) x = Op::of(x, of_warp[i]);
-  barrier();  // before the next reduction writes
   return x;
 }
 
 // ---- LayerNorm ----
-// The block is as wide as the row, so in most models a thread has only its first W elements, which
-// stay in registers. Loops over the rest are not unrolled, which saves compile time.
+// A block works on `rows` rows, one after the other. It is as wide as a row, so in most models a thread
+// has only its first W elements, which stay in registers; those of the next row are read before the sums
+// of this one, which wait for all threads. Loops over the rest are not unrolled, which saves compile time.
+
+struct Rows {
+  long long first;
+  int count;
+};
+WKV_FN Rows rows_of_block(const FusedNorm& q) {
+  const long long first = (long long)block_number() * q.rows, left = q.N - first;
+  return {first, left < q.rows ? (int)left : q.rows};
+}
 
 template <class X, class Y> WKV_FN void norm(const FusedNorm& q, X x_io, Y y_io) {
   constexpr int W = X::W;
-  const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W,
-                  step = (long long)block_size() * W;
-  Vec<W> cached = {};
-  float sum = 0, squares = 0;
-  if (mine < q.D) cached = x_io.get(q.x, at + mine);
+  const int D = (int)q.D, mine = thread_number() * W, step = block_size() * W;
+  const Rows rows = rows_of_block(q);
+  typename X::Raw next = {};
+  if (mine < D) next = x_io.raw(q.x, rows.first * D + mine);
 #pragma unroll 1
-  for (long long c = mine; c < q.D; c += step) {
-    const Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
-    EACH sum += x.x[i];
-  }
-  const float mean = block_reduce<Add>(sum) / q.D;
+  for (int n = 0; n < rows.count; n++) {
+    const long long row = rows.first + n, at = row * D;
+    const Vec<W> cached = x_io.of_raw(next);
+    if (mine < D && n + 1 < rows.count) next = x_io.raw(q.x, at + D + mine);
+    float sum = 0, squares = 0;
 #pragma unroll 1
-  for (long long c = mine; c < q.D; c += step) {
-    const Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
-    EACH squares += (x.x[i] - mean) * (x.x[i] - mean);
-  }
-  const float scale = 1.0f / square_root(block_reduce<Add>(squares) / q.D + q.eps);
+    for (int c = mine; c < D; c += step) {
+      const Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
+      EACH sum += x.x[i];
+    }
+    const float mean = block_reduce<Add, 0>(sum) / D;
 #pragma unroll 1
-  for (long long c = mine; c < q.D; c += step) {
-    const Vec<W> w = load_floats<W>(q.w, c), b = load_floats<W>(q.b, c);
-    Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
-    EACH x.x[i] = (x.x[i] - mean) * scale * w.x[i] + b.x[i];
-    y_io.put(q.y, at + c, x);
-  }
-  if (thread_number() == 0) {
-    q.stats[2 * row] = mean;
-    q.stats[2 * row + 1] = scale;
+    for (int c = mine; c < D; c += step) {
+      const Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
+      EACH squares += (x.x[i] - mean) * (x.x[i] - mean);
+    }
+    const float scale = 1.0f / square_root(block_reduce<Add, 1>(squares) / D + q.eps);
+#pragma unroll 1
+    for (int c = mine; c < D; c += step) {
+      const Vec<W> w = load_floats<W>(q.w, c), b = load_floats<W>(q.b, c);
+      Vec<W> x = c == mine ? cached : x_io.get(q.x, at + c);
+      EACH x.x[i] = (x.x[i] - mean) * scale * w.x[i] + b.x[i];
+      y_io.put(q.y, at + c, x);
+    }
+    if (thread_number() == 0) {
+      q.stats[2 * row] = mean;
+      q.stats[2 * row + 1] = scale;
+    }
   }
 }
 
 template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X x_io, Y y_io) {
   constexpr int W = X::W;
-  const long long row = block_number(), at = row * q.D, mine = (long long)thread_number() * W,
-                  step = (long long)block_size() * W;
-  const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
-  struct Both { Vec<W> normal, g; };  // normalised x and its gradient
-  const auto read = [&](long long c) {
-    const Vec<W> w = load_floats<W>(q.w, c);
-    Both x = {x_io.get(q.x, at + c), y_io.get(q.gy, at + c)};
-    EACH x.normal.x[i] = (x.normal.x[i] - mean) * scale;
-    EACH x.g.x[i] *= w.x[i];
-    return x;
+  const int D = (int)q.D, mine = thread_number() * W, step = block_size() * W;
+  const Rows rows = rows_of_block(q);
+  typename X::Raw next_x = {};
+  typename Y::Raw next_gy = {};
+  const auto read_ahead = [&](int n) {
+    if (mine >= D || n >= rows.count) return;
+    const long long at = (rows.first + n) * D + mine;
+    next_x = x_io.raw(q.x, at);
+    next_gy = y_io.raw(q.gy, at);
   };
-  Both cached = {};
-  float sum = 0, product = 0;
-  if (mine < q.D) cached = read(mine);
+  read_ahead(0);
 #pragma unroll 1
-  for (long long c = mine; c < q.D; c += step) {
-    const Both x = c == mine ? cached : read(c);
-    EACH sum += x.g.x[i];
-    EACH product += x.g.x[i] * x.normal.x[i];
-  }
-  sum = block_reduce<Add>(sum) / q.D;
-  product = block_reduce<Add>(product) / q.D;
+  for (int n = 0; n < rows.count; n++) {
+    const long long row = rows.first + n, at = row * D;
+    const float mean = q.stats[2 * row], scale = q.stats[2 * row + 1];
+    struct Both { Vec<W> normal, g; };  // normalised x and its gradient
+    const auto both = [&](Vec<W> x, Vec<W> gy, int c) {
+      const Vec<W> w = load_floats<W>(q.w, c);
+      EACH x.x[i] = (x.x[i] - mean) * scale;
+      EACH gy.x[i] *= w.x[i];
+      return Both{x, gy};
+    };
+    const auto read = [&](int c) { return both(x_io.get(q.x, at + c), y_io.get(q.gy, at + c), c); };
+    Both cached = {};
+    if (mine < D) cached = both(x_io.of_raw(next_x), y_io.of_raw(next_gy), mine);
+    read_ahead(n + 1);
+    float sum = 0, product = 0;
 #pragma unroll 1
-  for (long long c = mine; c < q.D; c += step) {
-    const Both x = c == mine ? cached : read(c);
-    Vec<W> gx;
-    EACH gx.x[i] = fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
-    x_io.put(q.gx, at + c, gx);
+    for (int c = mine; c < D; c += step) {
+      const Both x = c == mine ? cached : read(c);
+      EACH sum += x.g.x[i];
+      EACH product += x.g.x[i] * x.normal.x[i];
+    }
+    sum = block_reduce<Add, 0>(sum) / D;
+    product = block_reduce<Add, 1>(product) / D;
+#pragma unroll 1
+    for (int c = mine; c < D; c += step) {
+      const Both x = c == mine ? cached : read(c);
+      Vec<W> gx;
+      EACH gx.x[i] = fused_norm_gradient(x.g.x[i], 1.0f, x.normal.x[i], scale, sum, product);
+      x_io.put(q.gx, at + c, gx);
+    }
   }
 }
 
@@ -372,61 +408,81 @@ template <class E> WKV_FN void dropout(const FusedEach& q, E io) {
 
 // ---- loss ----
 
-// W neighbouring logits, of which the first `left` belong to the row. The others are −∞ and not written.
-template <class E> WKV_FN Vec<E::W> get_logits(const void* from, long long at, long long left, E io) {
-  constexpr int W = E::W;
-  if (left >= W) return io.get(from, at);
-  Vec<W> x;
-  EACH x.x[i] = i < left ? io.one(from, at + i) : as_float(0xff800000u);
-  return x;
-}
-template <class E> WKV_FN void put_logits(void* to, long long at, long long left, Vec<E::W> x, E io) {
-  constexpr int W = E::W;
-  if (left >= W) return io.put(to, at, x);
-  EACH if (i < left) io.put_one(to, at + i, x.x[i]);
+// Of the logits that a thread has seen: the largest, where the W of them begin that contain it first, and
+// the sum of e^(logit − largest).
+template <int W> struct Seen {
+  float best = as_float(0xff800000u), sum = 0;  // −∞
+  long long at;
+  WKV_MEMBER explicit Seen(long long none) : at(none) {}
+  WKV_MEMBER void add(Vec<W> x, long long c) {
+    float most = x.x[0];
+#pragma unroll
+    for (int i = 1; i < W; i++) most = wkv_max(most, x.x[i]);
+    if (most > best) {
+      sum *= wkv_exp(best - most);
+      best = most;
+      at = c;
+    }
+    const float base = best == as_float(0xff800000u) ? 0 : best;  // −∞ − −∞ is NaN
+    EACH sum += wkv_exp(x.x[i] - base);
+  }
+};
+
+// Calls work(x, c, complete) for the W logits from c on of this thread's share of a row, in order, `ahead` of which
+// are read at a time. Not complete: they are fewer than W, as the row ends; the others are −∞.
+template <class E, class F> WKV_FN void for_each_logit(const FusedLoss& q, long long at, E io, const F& work) {
+  constexpr int W = E::W, ahead = 4;
+  const long long step = (long long)block_size() * W, whole = q.V / W * W;
+  long long c = (long long)thread_number() * W;
+#pragma unroll 1
+  for (; c + (ahead - 1) * step < whole; c += ahead * step) {
+    typename E::Raw raw[ahead];
+#pragma unroll
+    for (int k = 0; k < ahead; k++) raw[k] = io.raw(q.logits, at + c + k * step);
+#pragma unroll
+    for (int k = 0; k < ahead; k++) work(io.of_raw(raw[k]), c + k * step, true);
+  }
+#pragma unroll 1
+  for (; c < q.V; c += step) {
+    Vec<W> x;
+    if (c < whole) x = io.get(q.logits, at + c);
+    else EACH x.x[i] = c + i < q.V ? io.one(q.logits, at + c + i) : as_float(0xff800000u);
+    work(x, c, c < whole);
+  }
 }
 
 template <class E> WKV_FN void loss(const FusedLoss& q, E io) {
   constexpr int W = E::W;
-  const long long step = (long long)block_size() * W;
-  const float infinity = as_float(0x7f800000u);
-  const long long row = block_number(), at = row * q.stride, target = q.target[row],
-                  mine = (long long)thread_number() * W;
+  const long long row = block_number(), at = row * q.stride, target = q.target[row];
   const bool valid = target >= 0 && target < q.V;  // a kernel cannot raise: NaN instead
   const float at_target = valid ? io.one(q.logits, at + target) : as_float(0x7fc00000u);
-  // Of this thread: the largest logit, its first index, and the sum of e^(logit − largest).
-  float best = -infinity, sum = 0;
-  long long argmax = q.V;
-  for (long long c = mine; c < q.V; c += step) {
-    const Vec<W> x = get_logits(q.logits, at + c, q.V - c, io);
-    float most = best;
-    EACH if (x.x[i] > most) {
-      most = x.x[i];
-      argmax = c + i;
-    }
-    if (most > best) sum *= wkv_exp(best - most);
-    best = most;
-    EACH if (x.x[i] != -infinity) sum += wkv_exp(x.x[i] - best);
-  }
-  const float top = block_reduce<Max>(best);
-  const float all = block_reduce<Add>(sum * wkv_exp(best - top)), share = 1.0f / all;
-  argmax = block_reduce<Min>(best == top ? argmax : q.V);
-  if (thread_number() == 0) {
+  Seen<W> seen(q.V);
+  for_each_logit(q, at, io, [&](Vec<W> x, long long c, bool) { seen.add(x, c); });
+  const float top = block_reduce<Max, 0>(seen.best);
+  const float all = block_reduce<Add, 1>(seen.sum * wkv_exp(seen.best - top)), share = 1.0f / all;
+  const bool first = thread_number() == 0;
+  if (first) {
     q.stats[3 * row] = top;
     q.stats[3 * row + 1] = all;
     q.stats[3 * row + 2] = at_target;
   }
   if (!q.gradient) return;
-  // softmax, −1 at the target, and L2Wrap's term at the largest logit; rounded once
-  for (long long c = mine; c < q.V; c += step) {
-    Vec<W> x = get_logits(q.logits, at + c, q.V - c, io);
-    EACH {
-      x.x[i] = wkv_exp(x.x[i] - top) * share;
-      if (c + i == target) x.x[i] -= 1.0f;
-      if (c + i == argmax) x.x[i] += top * q.l2wrap;
-    }
-    put_logits(q.logits, at + c, q.V - c, x, io);
-  }
+  long long argmax = q.V;  // the first of the largest logits
+  if (seen.best == top)
+    for (long long c = seen.at; c < q.V && argmax == q.V; c++)
+      if (io.one(q.logits, at + c) == top) argmax = c;
+  argmax = block_reduce<Min, 0>(argmax);
+  // softmax; then −1 at the target and L2Wrap's term at the largest logit, rounded once
+  const auto softmax = [&](float x) { return wkv_exp(x - top) * share; };
+  for_each_logit(q, at, io, [&](Vec<W> x, long long c, bool complete) {
+    EACH x.x[i] = softmax(x.x[i]);
+    if (complete) return io.put(q.logits, at + c, x);
+    EACH if (c + i < q.V) io.put_one(q.logits, at + c + i, x.x[i]);
+  });
+  barrier();
+  const auto wrap = [&](long long c) { return c == argmax ? top * q.l2wrap : 0.0f; };
+  if (first && valid) io.put_one(q.logits, at + target, softmax(at_target) - 1.0f + wrap(target));
+  if (first && argmax < q.V && argmax != target) io.put_one(q.logits, at + argmax, softmax(top) + wrap(argmax));
 }
 
 // ---- kernels per dtype; LayerNorm per dtypes of its input and output ----
@@ -443,7 +499,7 @@ template <class E> WKV_FN void loss(const FusedLoss& q, E io) {
   KERNEL(FUSED_THREADS) fused_relu2_##name(const FusedEach q) { relu2(q, E); }                                      \
   KERNEL(FUSED_THREADS) fused_relu2_gradient_##name(const FusedEach q) { relu2_gradient(q, E); }                    \
   KERNEL(FUSED_THREADS) fused_dropout_##name(const FusedEach q) { dropout(q, E); }                                  \
-  KERNEL(FUSED_ROW_THREADS) fused_loss_##name(const FusedLoss q) { loss(q, E); }
+  KERNEL(FUSED_LOSS_THREADS, 2) fused_loss_##name(const FusedLoss q) { loss(q, E); }
 OF_TWO(fp32, Vectorized<fp32>{}, Vectorized<fp32>{})
 OF_TWO(bf16, Vectorized<bf16>{}, Vectorized<bf16>{})
 OF_TWO(fp16, Vectorized<fp16>{}, Vectorized<fp16>{})

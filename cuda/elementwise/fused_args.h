@@ -4,6 +4,7 @@
 
 #define FUSED_THREADS 128       // per block
 #define FUSED_ROW_THREADS 1024  // at most, in kernels with one block per row: a multiple of 32
+#define FUSED_LOSS_THREADS 512  // at most, for a row of logits: two blocks per SM, one of which reads while the other computes
 #define FUSED_WIDTH 8           // elements per access of a GPU thread
 
 enum FusedDtype { DTYPE_FP32, DTYPE_BF16, DTYPE_FP16 };
@@ -21,6 +22,7 @@ struct FusedNorm {
   float *gw, *gb;        // [D], sums over this range of rows, or null; kernels: [slices, D]
   // Kernels only:
   long long N, slice;    // rows, rows per partial sum
+  int rows;              // per block
   int x_dtype, y_dtype;  // read by the _any kernels
 };
 

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t TARGET_THREADS = 1 << 16;  // enough to fill a GPU; with more, each takes more rows
 constexpr int64_t MIN_ROWS = 16;             // per partial sum, to keep the partial sums small
+constexpr int64_t MIN_BLOCKS = 2048;         // of kernels with a few rows per block: several per multiprocessor
+constexpr int64_t MAX_ROWS = 4;              // of such a block: enough to read ahead
 
 FusedDtype dtype(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -52,8 +54,8 @@ bool vectorized(int64_t length, std::initializer_list<const void*> pointers) {
          });
 }
 int64_t width(bool vectorized) { return vectorized ? FUSED_WIDTH : 1; }
-int row_threads(int64_t length, bool vectorized) {
-  return int(std::min<int64_t>(FUSED_ROW_THREADS, (length / width(vectorized) + 31) / 32 * 32));
+int row_threads(int64_t length, bool vectorized, int64_t most) {
+  return int(std::min(most, (length / width(vectorized) + 31) / 32 * 32));
 }
 
 struct Launch {
@@ -69,6 +71,14 @@ struct Launch {
 // Rows per thread, if `parallel` threads can work on each row. Depends on the shape only, so that
 // sums have a fixed order.
 int64_t slice_of(int64_t rows, int64_t parallel) { return std::max(MIN_ROWS, rows * parallel / TARGET_THREADS); }
+
+// One block per `rows` rows, as wide as a row.
+void launch_norm(const std::string& operation, FusedNorm& q, bool vectorized, const Launch& launch) {
+  TORCH_CHECK(q.D < int64_t(1) << 30, "LayerNorm is over less than 2^30 channels");
+  q.rows = (int)std::clamp<int64_t>(q.N / MIN_BLOCKS, 1, MAX_ROWS);
+  launch.blocks(kernel_name(operation, q.x_dtype, q.y_dtype, vectorized), (q.N + q.rows - 1) / q.rows,
+                row_threads(q.D, vectorized, FUSED_ROW_THREADS), q);
+}
 
 }  // namespace
 
@@ -86,8 +96,7 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& w, const 
   q.N = N, q.D = D, q.x = x.data_ptr(), q.w = fp32_ptr(w), q.b = fp32_ptr(b), q.eps = float(eps), q.y = y.data_ptr(),
   q.stats = fp32_ptr(stats);
   q.x_dtype = dtype(x), q.y_dtype = dtype(y);
-  const bool vec = vectorized(D, {q.x, q.w, q.b, q.y});
-  Launch{device, stream}.blocks(kernel_name("norm", q.x_dtype, q.y_dtype, vec), N, row_threads(D, vec), q);
+  launch_norm("norm", q, vectorized(D, {q.x, q.w, q.b, q.y}), {device, stream});
   return {y, stats};
 }
 
@@ -105,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& gy, const Tensor&
   q.x_dtype = dtype(x), q.y_dtype = dtype(gy);
   const bool vec = vectorized(D, {q.x, q.w, q.gy, q.gx});
   const Launch launch{device, stream};
-  launch.blocks(kernel_name("norm_gradient", q.x_dtype, q.y_dtype, vec), N, row_threads(D, vec), q);
+  launch_norm("norm_gradient", q, vec, launch);
   if (!affine) return {gx, Tensor(), Tensor()};
   q.slice = slice_of(N, D / width(vec));
   const int64_t slices = (N + q.slice - 1) / q.slice;
@@ -325,7 +334,8 @@ Tensor loss(const Tensor& logits, const Tensor& target, double l2wrap, bool grad
   q.target = static_cast<const long long*>(target.data_ptr()), q.stats = fp32_ptr(stats);
   q.l2wrap = float(l2wrap), q.gradient = gradient, q.dtype = dtype(logits);
   const bool vec = vectorized(q.stride, {q.logits});
-  Launch{device, stream}.blocks(kernel_name("loss", q.dtype, q.dtype, vec), N, row_threads(q.stride, vec), q);
+  Launch{device, stream}.blocks(kernel_name("loss", q.dtype, q.dtype, vec), N,
+                                row_threads(q.stride, vec, FUSED_LOSS_THREADS), q);
   return stats;
 }
 

@@ -20,6 +20,8 @@ SEEDS = st.integers(0, 2**31)
 @example(stream=GPU_STREAMS[2], rows=1, channels=768, seed=0)
 @example(stream=GPU_STREAMS[0], rows=1, channels=8192 + 64, seed=1)  # more than fits a block's registers
 @example(stream=GPU_STREAMS[1], rows=1, channels=1024 + 33, seed=2)  # the same, not vectorised
+@example(stream=GPU_STREAMS[1], rows=3073, channels=16, seed=3)  # three rows per block, the last has two
+@example(stream=GPU_STREAMS[2], rows=2049, channels=17, seed=4)  # two rows per block, not vectorised
 def test_norm(gpu, stream, rows, channels, seed):
     gpu.call("fused", "norm", stream, rows, channels, seed)
 
@@ -134,6 +136,16 @@ def test_block_size_follows_row_length(gpu):
         )
         (launch,) = [call.split() for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
         assert launch[5] == str(threads), channels
+
+
+def test_blocks_of_a_norm_take_up_to_four_rows(gpu):
+    for rows, blocks in ((1, 1), (4095, 4095), (4096, 2048), (6146, 2049), (8193, 2049)):
+        x, w, stats = torch.ones(rows, 16), torch.ones(16), torch.ones(rows, 2)
+        gpu.call("calls")
+        gpu.call("operation", "norm_forward", x, w, w, 1e-5, FP32)
+        gpu.call("operation", "norm_backward", x, x, w, stats, False)
+        launches = [call.split() for call in gpu.call("calls") if call.startswith("cuLaunchKernel")]
+        assert [launch[2] for launch in launches] == 2 * [str(blocks)], rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

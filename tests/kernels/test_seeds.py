@@ -45,8 +45,8 @@ def test_seeds_are_dropped_after_an_error():
     def failing():
         with seeds:
             inside.append(int(new_seed(cpu)))
-            raise ValueError
+            raise ValueError("of the block")
 
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="of the block"):
         failing()
     assert int(new_seed(cpu)) not in inside

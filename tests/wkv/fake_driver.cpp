@@ -150,6 +150,8 @@ WKV_FN unsigned short float_to_bf16(float x) {
   const unsigned bits = as_bits(x);
   return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
 }
+WKV_FN unsigned float_to_two_bf16(float low, float high) { return float_to_bf16(low) | unsigned(float_to_bf16(high)) << 16; }
+WKV_FN unsigned float_to_two_fp16(float low, float high) { return float_to_fp16(low) | unsigned(float_to_fp16(high)) << 16; }
 WKV_FN float multiply(float x, float y) { return x * y; }
 WKV_FN unsigned block_number() { return block_index; }
 WKV_FN unsigned thread_number() { return thread_in_block; }
