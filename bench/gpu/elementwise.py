@@ -65,7 +65,7 @@ def head_cases(ops: gpu.CudaKernels, batch: int, tokens: int, width: int) -> Ite
     parts, last = torch.randn(5, *x[0].shape, device="cuda", dtype=torch.bfloat16), torch.zeros_like(x[0][:, 0])
     mix = torch.rand(5, width, device="cuda")
     yield "keys", 12 * size, lambda: ops.keys_forward(x, p)
-    yield "shift of RWKV-6", 11 * size, lambda: ops.shift_forward(x[0], last, None, mix, parts)
+    yield "shift of RWKV-6", 11 * size, lambda: ops.shift_forward(x[0], last, None, mix, parts, [], [], True)
     yield "gate of RWKV-7", 6 * size, lambda: ops.head_gate_forward(x[:5], p[:3], 64e-5)
     yield "gate of RWKV-6", 3 * size, lambda: ops.head_gate_forward(x[:2], p[:2], 64e-5)
     for trained in (False, True):

@@ -92,8 +92,8 @@ TORCH_LIBRARY(rwkv, library) {
       "Tensor[]",
       gpu::head_gate_backward);
   library.def(
-      "cuda_shift_forward(Tensor x, Tensor last, Tensor? reset, Tensor mix, Tensor parts, int device, int stream) -> "
-      "Tensor[]",
+      "cuda_shift_forward(Tensor x, Tensor last, Tensor? reset, Tensor mix, Tensor parts, Tensor[] seeds, float[] p, "
+      "bool want_y, int device, int stream) -> Tensor[]",
       gpu::shift_forward);
   library.def(
       "cuda_shift_backward(Tensor[] gy, Tensor x, Tensor last, Tensor? reset, Tensor mix, Tensor parts, bool want_mix, "

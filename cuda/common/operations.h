@@ -122,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(at::TensorList gy, const Tensor&
                                                 const Optional<Tensor>& initial, const Optional<Tensor>& reset,
                                                 const Tensor& mix, bool want_mix, int64_t device, int64_t stream);
 std::vector<Tensor> shift_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix,
-                                  const Tensor& parts, int64_t device, int64_t stream);
+                                  const Tensor& parts, at::TensorList seeds, at::ArrayRef<double> p, bool want_y,
+                                  int64_t device, int64_t stream);
 // Returns the gradients of x, last, parts, and with `want_mix` that of mix.
 std::tuple<Tensor, Tensor, Tensor, Tensor> shift_backward(at::TensorList gy, const Tensor& x, const Tensor& last,
                                                           const Optional<Tensor>& reset, const Tensor& mix,

@@ -286,6 +286,15 @@ template <class Q, class E> WKV_FN Vec<E::W> before(const Q& q, E io, const Span
 }
 template <class Q> WKV_FN bool starts(const Q& q, const Span& at, long long t) { return q.reset && q.reset[at.b * q.T + t]; }
 
+// Writes y of mixture m, its dropout, or both, from element `to` on.
+template <class Q, class E> WKV_FN void put_mixture(const Q& q, E io, int m, long long to, Vec<E::W> y, unsigned seed) {
+  constexpr int W = E::W;
+  if (q.y[m]) io.put(q.y[m], to, y);
+  if (!q.dropped[m]) return;
+  EACH y.x[i] = fused_hash((unsigned)(to + i), seed) < q.below[m] ? 0.0f : io.rounded(y.x[i]) * q.scale[m];
+  io.put(q.dropped[m], to, y);
+}
+
 template <class E> WKV_FN void mix(const FusedMix& q, E io) {
   constexpr int W = E::W;
   Span at;
@@ -303,12 +312,8 @@ template <class E> WKV_FN void mix(const FusedMix& q, E io) {
     const Vec<W> x = token(q, io, q.x, at, t);
     EACH_MIX {
       Vec<W> y;
-      const long long to = (at.b * q.T + t) * q.D + at.c;
       EACH y.x[i] = fused_mix(past.x[i], x.x[i], mixes[m].x[i]);
-      if (q.y[m]) io.put(q.y[m], to, y);
-      if (!q.dropped[m]) continue;
-      EACH y.x[i] = fused_hash((unsigned)(to + i), seeds[m]) < q.below[m] ? 0.0f : io.rounded(y.x[i]) * q.scale[m];
-      io.put(q.dropped[m], to, y);
+      put_mixture(q, io, m, (at.b * q.T + t) * q.D + at.c, y, seeds[m]);
     }
     past = x;
   }

@@ -42,7 +42,7 @@ struct FusedMix {
   // Kernels only:
   long long B, slice;          // slice: tokens per thread
   int dtype;
-  void* dropped[3];            // [B, T, D], dropout of y as by FusedEach, or null
+  void* dropped[3];            // [B, T, D] each, dropout of y as by FusedEach, or null
   const long long* seed[3];    // in device memory
   unsigned below[3];
   float scale[3];

@@ -145,6 +145,32 @@ static FusedMix mix_of(const Tensor& x, const Tensor& last, const Tensor* initia
 }
 template <class Args> static int64_t parts(const Args& q) { return (q.T + q.slice - 1) / q.slice; }
 
+struct Drop { const long long* seed; unsigned below; float scale; };
+static Drop drop_of(const Tensor& x, const Tensor& seed, double p) {
+  TORCH_CHECK(p >= 0 && p < 1, "p must be at least 0 and less than 1; got ", p);
+  check(seed, "seed", x, at::kLong, {});
+  return {static_cast<const long long*>(seed.data_ptr()), unsigned(p * 4294967296.0), float(1 / (1 - p))};
+}
+
+// New tensors for what a kernel writes, entered in q: its mixtures if wanted, then the dropouts of those whose p is not
+// 0. `p` has one element per mixture, or none.
+template <class Args>
+static std::vector<Tensor> outputs(Args& q, const Tensor& x, at::TensorList seeds, at::ArrayRef<double> p,
+                                   bool want_y) {
+  TORCH_CHECK(p.empty() || int(p.size()) == q.count, "there must be one probability per mixture");
+  std::vector<Tensor> y;
+  for (int i = 0; want_y && i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
+  size_t used = 0;
+  for (size_t i = 0; i < p.size(); i++) {
+    if (p[i] == 0) continue;
+    TORCH_CHECK(used < seeds.size(), "there must be one seed per dropout");
+    const Drop drop = drop_of(x, seeds[used++], p[i]);
+    q.seed[i] = drop.seed, q.below[i] = drop.below, q.scale[i] = drop.scale;
+    y.push_back(x.new_empty(x.sizes())), q.dropped[i] = y.back().data_ptr();
+  }
+  return y;
+}
+
 static void launch_mix(FusedMix& q, const Launch& launch) {
   const bool vec = vectorized(q.D, {q.x, q.last, q.initial, q.mix, q.y[0], q.y[1], q.y[2], q.dropped[0], q.dropped[1],
                                     q.dropped[2]});
@@ -156,35 +182,16 @@ static void launch_mix(FusedMix& q, const Launch& launch) {
 std::vector<Tensor> mix_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
                                 const Optional<Tensor>& reset, const Tensor& mix, int64_t device, int64_t stream) {
   FusedMix q = mix_of(x, last, or_null(initial), or_null(reset), mix);
-  std::vector<Tensor> y;
-  for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
+  const std::vector<Tensor> y = outputs(q, x, {}, {}, true);
   launch_mix(q, {device, stream});
   return y;
-}
-
-struct Drop { const long long* seed; unsigned below; float scale; };
-static Drop drop_of(const Tensor& x, const Tensor& seed, double p) {
-  TORCH_CHECK(p >= 0 && p < 1, "p must be at least 0 and less than 1; got ", p);
-  check(seed, "seed", x, at::kLong, {});
-  return {static_cast<const long long*>(seed.data_ptr()), unsigned(p * 4294967296.0), float(1 / (1 - p))};
 }
 
 std::vector<Tensor> mix_dropout_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& initial,
                                         const Optional<Tensor>& reset, const Tensor& mix, at::TensorList seeds,
                                         at::ArrayRef<double> p, bool want_y, int64_t device, int64_t stream) {
   FusedMix q = mix_of(x, last, or_null(initial), or_null(reset), mix);
-  TORCH_CHECK(int(p.size()) == q.count, "there must be one probability per mix");
-  std::vector<Tensor> y;
-  if (want_y)
-    for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
-  size_t used = 0;
-  for (int i = 0; i < q.count; i++) {
-    if (p[i] == 0) continue;
-    TORCH_CHECK(used < seeds.size(), "there must be one seed per dropout");
-    const Drop drop = drop_of(x, seeds[used++], p[i]);
-    q.seed[i] = drop.seed, q.below[i] = drop.below, q.scale[i] = drop.scale;
-    y.push_back(x.new_empty(x.sizes())), q.dropped[i] = y.back().data_ptr();
-  }
+  const std::vector<Tensor> y = outputs(q, x, seeds, p, want_y);
   launch_mix(q, {device, stream});
   return y;
 }
@@ -225,11 +232,12 @@ static ShiftArgs shift_of(const Tensor& x, const Tensor& last, const Tensor* res
 }
 
 std::vector<Tensor> shift_forward(const Tensor& x, const Tensor& last, const Optional<Tensor>& reset, const Tensor& mix,
-                                  const Tensor& parts_, int64_t device, int64_t stream) {
+                                  const Tensor& parts_, at::TensorList seeds, at::ArrayRef<double> p, bool want_y,
+                                  int64_t device, int64_t stream) {
   ShiftArgs q = shift_of(x, last, or_null(reset), mix, parts_);
-  std::vector<Tensor> y;
-  for (int i = 0; i < q.count; i++) y.push_back(x.new_empty(x.sizes())), q.y[i] = y.back().data_ptr();
-  const bool vec = vectorized(q.D, {q.x, q.last, q.mix, q.parts, q.y[0], q.y[1], q.y[2], q.y[3], q.y[4]});
+  const std::vector<Tensor> y = outputs(q, x, seeds, p, want_y);
+  const bool vec = vectorized(q.D, {q.x, q.last, q.mix, q.parts, q.y[0], q.y[1], q.y[2], q.y[3], q.y[4], q.dropped[0],
+                                    q.dropped[1], q.dropped[2], q.dropped[3], q.dropped[4]});
   const int64_t groups = q.D / width(vec);
   q.slice = slice_of(q.T, q.B * groups);
   Launch{device, stream}.threads(kernel_name("shift", q.dtype, q.dtype, vec), q.B * parts(q) * groups, q);

@@ -4,9 +4,9 @@
 //   y = x + (before − x) (mix + part)        before: the previous token, or 0 at a document start
 //
 // As the kernels of `mix` in fused.cu, after which this file is included: a thread has 8 channels and
-// a slice of time; the gradient runs backward in time. A part of a weight is read and its gradient is
-// written once. `mix` is loaded for every token in the backward pass, from the cache: registers are
-// scarce.
+// a slice of time; the gradient runs backward in time; adapters' dropout of y is computed with it. A
+// part of a weight is read and its gradient is written once. `mix` is loaded for every token, from the
+// cache: registers are scarce.
 #include "elementwise/shift_args.h"
 
 namespace fused {
@@ -26,6 +26,8 @@ template <class E> WKV_FN void shift(const ShiftArgs& q, E io) {
   constexpr int W = E::W;
   Span at;
   if (!locate<W>(q, at)) return;
+  unsigned seeds[SHIFT_MAX] = {};
+  EACH_PART if (q.dropped[m]) seeds[m] = (unsigned)*q.seed[m];
   Vec<W> past = before(q, io, at, at.begin);
 #pragma unroll 1
   for (long long t = at.begin; t < at.end; t++) {
@@ -34,7 +36,7 @@ template <class E> WKV_FN void shift(const ShiftArgs& q, E io) {
     EACH_PART {
       Vec<W> y = shift_weight(q, io, at, t, m);
       EACH y.x[i] = x.x[i] + (past.x[i] - x.x[i]) * y.x[i];
-      io.put(q.y[m], (at.b * q.T + t) * q.D + at.c, y);
+      put_mixture(q, io, m, (at.b * q.T + t) * q.D + at.c, y, seeds[m]);
     }
     past = x;
   }
@@ -75,7 +77,7 @@ template <class E> WKV_FN void shift_gradient(const ShiftArgs& q, E io) {
 }
 
 #define KERNELS_OF(name, E)                                                               \
-  KERNEL(FUSED_THREADS) fused_shift_##name(const ShiftArgs q) { shift(q, E); }            \
+  KERNEL(FUSED_THREADS, 8) fused_shift_##name(const ShiftArgs q) { shift(q, E); }         \
   KERNEL(FUSED_THREADS, 4) fused_shift_gradient_##name(const ShiftArgs q) { shift_gradient(q, E); }
 KERNELS_OF(fp32, Vectorized<fp32>{})
 KERNELS_OF(bf16, Vectorized<bf16>{})

@@ -13,7 +13,11 @@ struct ShiftArgs {
   const unsigned char* reset;  // [B, T], nonzero where a document starts (the token before is 0), or null
   const float* mix;            // [count, D]
   const void* parts;           // [count, B, T, D], the part of the weights that depends on the data
-  void* y[SHIFT_MAX];          // [B, T, D] each
+  void* y[SHIFT_MAX];          // [B, T, D] each, or null if only its dropout is wanted
+  void* dropped[SHIFT_MAX];    // as in FusedMix, also the three below
+  const long long* seed[SHIFT_MAX];
+  unsigned below[SHIFT_MAX];
+  float scale[SHIFT_MAX];
   // Backward:
   const void* gy[SHIFT_MAX];   // [B, T, D] each
   void *gx, *glast;            // [B, T, D], [B, D]

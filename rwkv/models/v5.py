@@ -26,7 +26,7 @@ from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.models import gated_heads, layers, parameters
 from rwkv.models.gated_heads import gated_wkv
-from rwkv.models.layers import Device, HeadNorm, matrix, mixing_weight
+from rwkv.models.layers import Device, HeadNorm, dropout_of, matrix, mixing_weight
 from rwkv.models.parameters import initialise_matrices, position
 from rwkv.models.v4 import ChannelMix  # the same in RWKV-5
 from rwkv.wkv.wkv6 import empty_state
@@ -66,9 +66,10 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
         empty = torch.zeros_like(shift)
-        xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], initial=empty)
-        xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], initial=empty)
-        r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)  # [B, T, A]
+        k_drop, v_drop, r_drop, g_drop = dropout_of(self.key, self.value, self.receptance, self.gate)
+        xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], empty, [k_drop, v_drop])
+        xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], empty, [r_drop, g_drop])
+        k, v, r, g = self.key(xk), self.value(xv), self.receptance(xr), self.gate(xg)  # [B, T, A]
         w = -torch.exp(upcast(self.time_decay))  # in fp32: bf16 would round exp(−exp(w)) to 1
         y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)
         return self.output(y), state

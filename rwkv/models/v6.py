@@ -103,7 +103,8 @@ class TimeMix(nn.Module):
             before, xx = native.mix(x, last, reset, [torch.zeros_like(weight), weight], initial=empty)
         low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
         if run:
-            found = shift.shift(run, x, last, reset, weights, low, self.time_maa_w2)
+            drops = [0.0, *dropout_of(self.key, self.value, self.receptance, self.gate)]
+            found = shift.shift(run, x, last, reset, weights, low, self.time_maa_w2, drops)
             while found:
                 yield found.pop(0)  # not kept
             return

@@ -8,6 +8,7 @@ import pytest
 import shift_cases
 import time_mix_cases
 import torch
+from adapter_dropout_cases import shifted
 
 from rwkv.kernels import gpu, load
 from rwkv.kernels.elementwise import by_head
@@ -79,6 +80,15 @@ def test_gated_norm(dtype):
 @pytest.mark.parametrize("resets", [False, True])
 def test_shift(dtype, shape, resets):
     shift_cases.check(gpu.cuda_kernels(0), dtype, shape, resets, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 33, 5, 3), (2, 100, 768, 5, 32)])
+def test_shift_drops_the_same_elements(dtype, shape):
+    drops = 0, 0.01, 0, 0.5, 0.9
+    for ours, again, expected in shifted(gpu.cuda_kernels(0), dtype, shape, drops, True, "cuda"):
+        assert torch.equal(ours, expected)
+        assert torch.equal(again, expected)
 
 
 def model_of(version):

@@ -94,7 +94,7 @@ def test_time_mix_with_and_without(time_mix, run, monkeypatch):
 class Empty:
     """Kernels that compute nothing."""
 
-    def shift_forward(self, x, last, reset, mix, parts):
+    def shift_forward(self, x, last, reset, mix, parts, seeds, p, want_y):
         return [torch.empty_like(x) for _ in mix]
 
     def shift_backward(self, gy, x, last, reset, mix, parts, want_mix):

@@ -3,40 +3,16 @@ function takes plain values, so that another process can run it by name (fake_gp
 """
 
 import contextlib
+from unittest import mock
 
+import shift_cases
 import torch
 from fused_cases import FP32, normal
 
 from rwkv.adapters import lora
-from rwkv.kernels.elementwise import native
-from rwkv.models import RWKV
+from rwkv.kernels.elementwise import native, shift
+from rwkv.models import RWKV, layers
 from rwkv.models.version import VERSIONS
-
-
-class _WithoutMixDropout:
-    def __init__(self, kernels):
-        self.kernels = kernels
-
-    def __getattr__(self, name):
-        if name == "mix_dropout_forward":
-            raise AttributeError(name)
-        return getattr(self.kernels, name)
-
-
-@contextlib.contextmanager
-def _separate():
-    """Drop by operations of their own."""
-    before = native._kernels
-
-    def kernels(*tensors):
-        found = before(*tensors)
-        return found and _WithoutMixDropout(found)
-
-    native._kernels = kernels
-    try:
-        yield
-    finally:
-        native._kernels = before
 
 
 def mixed(dtype, length, channels, drops, reset, inside, device="cpu"):
@@ -45,8 +21,8 @@ def mixed(dtype, length, channels, drops, reset, inside, device="cpu"):
     starts = (normal((2, length), FP32, 2) > 0.5).to(device) if reset else None
     weights = [torch.rand(channels, generator=torch.Generator().manual_seed(i)).to(device) for i in range(len(drops))]
     torch.manual_seed(7)
-    with contextlib.nullcontext() if inside else _separate():
-        outputs = native.mix(x.to(device), last.to(device), starts, weights, torch.zeros_like(last).to(device), drops)
+    initial = torch.zeros_like(last).to(device)
+    outputs = native.mix(x.to(device), last.to(device), starts, weights, initial, drops if inside else ())
     found = []
     for y, p in zip(outputs, drops, strict=True):
         dropped, recompute = native.take_dropped(y), native.recompute_of(y)
@@ -61,9 +37,30 @@ def mixed(dtype, length, channels, drops, reset, inside, device="cpu"):
     return found
 
 
-def step(version, parts, dtype, grad_cp, inside, device="cpu"):
+def shifted(run, dtype, shape, drops, resets, device="cpu"):
+    """The dropout of the mixtures of RWKV-6 for a shape (B, T, D, mixtures, rank), by the kernels
+    `run`: in the same pass, recomputed, and by an operation of its own.
+    """
+    x, last, *weights, low, up = (t.to(device) for t in shift_cases.inputs(*shape, dtype))
+    reset = torch.rand(shape[:2], generator=torch.Generator().manual_seed(3)) < 0.2
+    given = x, last, reset.to(device) if resets else None, weights, low, up
+    torch.manual_seed(7)
+    outputs, found = shift.shift(run, *given, drops), []
+    torch.manual_seed(7)
+    for y, plain, p in zip(outputs, shift.shift(run, *given), drops, strict=True):
+        assert torch.equal(y, plain)
+        dropped, recompute = native.take_dropped(y), native.recompute_of(y)
+        assert (dropped is not None) == (p > 0)
+        if dropped:
+            expected = run.dropout(plain.detach(), native.new_seed(y.device), p)
+            found.append((dropped.value, dropped.recompute(dropped.seed, *recompute.inputs), expected))
+    return found
+
+
+def step(version, parts, dtype, grad_cp, inside, device="cpu", kernels=True):
     """The logits of a model with adapters on these parts, the adapters' gradients, and the next
-    random number. `inside`: dropout inside of mix.
+    random number. `inside`: dropout inside of the token shift. `kernels`: RWKV-6 has its token
+    shift by kernels.
     """
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 50, **({} if version == "4" else {"head_size": 16})}
@@ -76,7 +73,11 @@ def step(version, parts, dtype, grad_cp, inside, device="cpu"):
     lora.store_frozen(model, dtype)
     model.grad_cp = grad_cp
     model.to(device).train()
-    with contextlib.nullcontext() if inside else _separate():
+    with contextlib.ExitStack() as stack:
+        if not inside:
+            stack.enter_context(mock.patch.object(layers, "_sharded", return_value=True))  # as if under ZeRO-3
+        if kernels:
+            stack.enter_context(mock.patch.object(shift, "kernels", native._kernels))
         logits = model(torch.arange(66, device=device).view(2, 33) % 50)[0]
         logits.float().square().mean().backward()
     gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad]

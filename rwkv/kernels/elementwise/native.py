@@ -84,7 +84,7 @@ class Dropped:
 
 
 def take_dropped(x: Tensor) -> Dropped | None:
-    """The Dropped that `mix` computed with x; None if it did not. x no longer holds it then."""
+    """The Dropped that the token shift computed with x, which no longer has it then; else None."""
     return x.__dict__.pop("dropped", None)
 
 
@@ -225,38 +225,43 @@ class _Mix(torch.autograd.Function):
 
 
 @dataclass
-class _Drops:
-    """Dropout of mix's outputs: `p` of each output, and seeds and results where p is not 0."""
+class Drops:
+    """Dropout of a token shift's outputs: `p` of each (or empty); seeds and results where p ≠ 0."""
 
-    p: list[float]
+    p: Sequence[float]
     seeds: list[Tensor]
     values: list[Tensor] = field(default_factory=list)
 
+    @classmethod
+    def draw(cls, p: Sequence[float], device: torch.device) -> "Drops":
+        """With the seeds drawn in the order of the outputs."""
+        return cls(list(p), [new_seed(device) for share in p if share])
 
-def _mix_dropped(
-    recompute: Callable[..., Tensor],
-    p: float,
-    seed: Tensor,
-    last: Tensor,
-    initial: Tensor,
-    reset: Tensor | None,
-    weights: Tensor,
-    *inputs: Tensor | None,
-) -> Tensor:
-    x = recompute(*inputs)
-    return _kernels(x).mix_dropout_forward(x, last, initial, reset, weights, [seed], [p], False)[0]
+    def attach(self, outputs: Sequence[Any], recompute: Callable[[int, float], Callable[..., Tensor]]) -> None:
+        """Let every output whose p is not 0 have its Dropped, for take_dropped; `recompute` of its
+        index and p is that of the Dropped.
+        """
+        rest = zip(self.values, self.seeds, strict=True)
+        for i, p in enumerate(self.p):
+            if p:
+                outputs[i].dropped = Dropped(*next(rest), recompute(i, p))
 
 
 def _mix(
     recompute: Callable[..., Tensor],
+    p: float,
+    seed: Tensor | None,
     last: Tensor,
     initial: Tensor,
     reset: Tensor | None,
     weights: Tensor,
     *inputs: Tensor | None,
 ) -> Tensor:
+    """An output of mix; with a seed, its dropout."""
     x = recompute(*inputs)
-    return _kernels(x).mix_forward(x, last, initial, reset, weights)[0]
+    if seed is None:
+        return _kernels(x).mix_forward(x, last, initial, reset, weights)[0]
+    return _kernels(x).mix_dropout_forward(x, last, initial, reset, weights, [seed], [p], False)[0]
 
 
 def mix(
@@ -287,14 +292,10 @@ def mix(
     if kernels is None:
         return reference.mix(x, last, initial, reset, stacked)
     recompute, stacked = recompute_of(x), stacked.float()
-    fused = any(drops) and hasattr(kernels, "mix_dropout_forward")
-    dropping = _Drops(list(drops), [new_seed(x.device) for p in drops if p] if fused else [])
+    dropping = Drops.draw(drops if hasattr(kernels, "mix_dropout_forward") else (), x.device)
     mixed = _Mix.apply(x.contiguous(), last, initial, reset, stacked, recompute, dropping)
-    function = functools.partial(_mix, recompute.function)
-    rest = zip(dropping.values, dropping.seeds, strict=True)
-    for y, p in zip(mixed, drops if fused else (), strict=False):
-        if p:
-            y.dropped = Dropped(*next(rest), functools.partial(_mix_dropped, recompute.function, p))
+    dropping.attach(mixed, lambda i, p: functools.partial(_mix, recompute.function, p))
+    function = functools.partial(_mix, recompute.function, 0.0, None)
     return [
         recomputed(y, function, last, initial, reset, m, *recompute.inputs)
         for y, m in zip(mixed, stacked.detach().split(1), strict=True)

@@ -29,10 +29,12 @@ def _by_mixture(low: Tensor, n: int) -> Tensor:
 
 class _Shift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, x, last, reset, mix, low, up, computed, recompute):
+    def forward(ctx, run, x, last, reset, mix, low, up, computed, recompute, drops):
         ctx.run, ctx.recompute, ctx.dtype = run, recompute.function, up.dtype
         ctx.save_for_backward(last, reset, mix, low, computed, *recompute.inputs)
-        return tuple(run.shift_forward(x, last, reset, mix, _parts(low, computed)))
+        found = run.shift_forward(x, last, reset, mix, _parts(low, computed), drops.seeds, drops.p, True)
+        drops.values = found[len(mix) :]
+        return tuple(found[: len(mix)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -46,13 +48,15 @@ class _Shift(torch.autograd.Function):
             glow = torch.bmm(gparts, up.transpose(1, 2)).transpose(0, 1).reshape(low.shape)
         if wanted[6]:
             gup = torch.bmm(_by_mixture(low, n).transpose(1, 2), gparts).to(ctx.dtype)
-        return None, gx, glast if wanted[2] else None, None, gmix, glow, gup, None, None
+        return None, gx, glast if wanted[2] else None, None, gmix, glow, gup, None, None, None
 
 
 def _mixture(
     run: Any,
     recompute: Callable[..., Tensor],
     i: int,
+    p: float,
+    seed: Tensor | None,
     last: Tensor,
     reset: Tensor | None,
     mix: Tensor,
@@ -60,14 +64,22 @@ def _mixture(
     up: Tensor,
     *inputs: Tensor | None,
 ) -> Tensor:
-    """Mixture i alone."""
+    """Mixture i alone; with a seed, its dropout."""
     rank = up.shape[1]
     parts = _parts(low[..., i * rank : (i + 1) * rank].contiguous(), up[i : i + 1])
-    return run.shift_forward(recompute(*inputs), last, reset, mix[i : i + 1], parts)[0]
+    seeds, drops = ([], []) if seed is None else ([seed], [p])
+    return run.shift_forward(recompute(*inputs), last, reset, mix[i : i + 1], parts, seeds, drops, seed is None)[0]
 
 
 def shift(
-    run: Any, x: Tensor, last: Tensor, reset: Tensor | None, weights: Sequence[Tensor], low: Tensor, up: Tensor
+    run: Any,
+    x: Tensor,
+    last: Tensor,
+    reset: Tensor | None,
+    weights: Sequence[Tensor],
+    low: Tensor,
+    up: Tensor,
+    drops: Sequence[float] = (),
 ) -> list[Tensor]:
     """x + (before − x) (weight + low · up), for each of n mixtures.
 
@@ -79,6 +91,7 @@ def shift(
         weights: of each mixture, D elements.
         low: [B, T, n R], the outputs of a low-rank layer, R for each mixture.
         up: [n, R, D], its second matrices.
+        drops: as in native.mix.
 
     Saves low and the tensors that x is recomputed from.
     """
@@ -86,9 +99,9 @@ def shift(
     x, low, last, recompute = x.contiguous(), low.contiguous(), last.to(x.dtype).contiguous(), native.recompute_of(x)
     # a copy: under ZeRO-3 the parameter may not be gathered in the backward pass
     computed = up.detach().to(low.dtype, copy=True)
-    mixed = _Shift.apply(run, x, last, reset, mix, low, up, computed, recompute)
+    dropping = native.Drops.draw(drops, x.device)
+    mixed = _Shift.apply(run, x, last, reset, mix, low, up, computed, recompute, dropping)
+    function = functools.partial(_mixture, run, recompute.function)
+    dropping.attach(mixed, lambda i, p: functools.partial(function, i, p))
     saved = last, reset, mix, low, computed, *recompute.inputs
-    return [
-        native.recomputed(y, functools.partial(_mixture, run, recompute.function, i), *saved)
-        for i, y in enumerate(mixed)
-    ]
+    return [native.recomputed(y, functools.partial(function, i, 0.0, None), *saved) for i, y in enumerate(mixed)]
