@@ -195,13 +195,13 @@ def _build() -> None:
     (folder() / "manifest.json").unlink(missing_ok=True)  # first, so that an interrupted build is not used
     for old in folder().glob("rwkv*"):
         old.unlink()
-    started = time.time()
+    started, compiled_from = time.time(), source_hash()  # before, as the sources may change meanwhile
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(_build_device)
         _build_host()
         device = compiled.result()
     manifest_entries = {
-        "source_hash": source_hash(),
+        "source_hash": compiled_from,
         "torch": torch.__version__,
         "sizes": {path.name: path.stat().st_size for path in sorted(folder().glob("rwkv*"))},
         "host": {"file": library().name, "options": HOST_OPTIONS},

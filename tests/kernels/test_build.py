@@ -191,6 +191,16 @@ def test_interrupted_build(tmp_path, monkeypatch):
     assert "make kernels" in build.why_unavailable()
 
 
+def test_sources_changed_during_build(tmp_path, monkeypatch):
+    hashes = ["before"]
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "source_hash", lambda: hashes[-1])
+    monkeypatch.setattr(build, "_build_host", lambda: hashes.append("after"))
+    monkeypatch.setattr(build, "_build_device", lambda: {})
+    build._build()
+    assert "hash before, now after" in build.why_unavailable()
+
+
 def test_parallel_compilation(monkeypatch):
     started, barrier = [], threading.Barrier(2)
 
