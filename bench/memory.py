@@ -4,10 +4,10 @@
 
 Example of a row: 1.5b,lora,bf16,1,1024,adam; of RWKV-6: 6:1.6b,lora,… or, with 12 layers and n_embd
 768, 6:12x768,lora,… . METHOD is lora, full, state (state tuning), dpo (LoRA on one preference
-pair), or for LoRA on a quantised base nf4 or int8.
-`-released` after an optimizer is --release_grads 1. The default is ROWS; its largest row needs 17
-GB. Each row runs in its own process: three steps with random weights and tokens. A cell shows the
-prediction in GB and the measurement in percent of it:
+pair), or for LoRA on a quantised base nf4, int8 or fp8 (modern stack).
+After an optimizer `-released` is --release_grads 1, and `-copies` --bf16_copies 1. The default is
+ROWS; its largest row needs 17 GB. Each row runs in its own process: three steps with random weights
+and tokens. A cell shows the prediction in GB and the measurement in percent of it:
 - weights, gradients, optimizer: bytes of the tensors
 - saved activations and the peak of each phase: torch's profiler, in the last step
 - resident: peak of the process in the second step, less its size before the model was created
@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from rwkv import compat
 from rwkv.adapters import lora, state
 from rwkv.config import DPOConfig, TrainConfig
-from rwkv.kernels import quant
+from rwkv.kernels import bf16_copy, quant
+from rwkv.kernels.linear import Matrix
 from rwkv.memory import estimate, machine
 from rwkv.memory.plan import Plan
 from rwkv.models import RWKV
@@ -37,7 +38,9 @@ from rwkv.train.runtime import cpu
 ROWS = (
     "0.1b,lora,fp32,0,1024,adam", "0.1b,lora,bf16,0,1024,adam", "0.1b,lora,bf16,1,1024,adam",
     "0.1b,nf4,fp32,1,1024,adam", "0.1b,nf4,bf16,0,1024,adam", "0.1b,int8,fp32,1,1024,adam", "0.4b,nf4,bf16,1,1024,adam",
+    *(["0.1b,fp8,bf16,1,1024,adam", "0.4b,fp8,bf16,1,1024,adam"] if compat.float8() else []),
     "0.1b,full,fp32,0,512,adam", "0.1b,full,bf16,0,1024,adam", "0.1b,full,bf16,1,1024,adafactor",
+    "0.1b,full,bf16,0,1024,adam-copies", "0.4b,full,bf16,1,512,adam-copies",
     "0.4b,lora,fp32,0,512,adam", "0.4b,lora,bf16,0,1024,adam", "0.4b,lora,bf16,1,1024,adam",
     "0.4b,full,bf16,0,512,adam", "0.4b,full,bf16,1,1024,adam", "0.4b,full,bf16,1,1024,adafactor",
     "0.1b,dpo,fp32,0,256,adam", "0.4b,dpo,bf16,1,512,adam",
@@ -49,7 +52,8 @@ TENSORS, PHASES = ("weights", "gradients", "optimizer", "saved"), ("forward", "b
 
 
 def plan_of(row: str) -> Plan:
-    model, method, precision, grad_cp, ctx_len, kind = row.split(",")
+    model, method, precision, grad_cp, ctx_len, last = row.split(",")
+    kind, *options = last.split("-")
     number, _, name = model.rpartition(":")
     version = named(number)
     by_size = re.fullmatch(r"(\d+)x(\d+)", name)
@@ -64,8 +68,9 @@ def plan_of(row: str) -> Plan:
         precision=precision,
         grad_cp=grad_cp == "1",
         ctx_len=int(ctx_len),
-        optimizer=kind.removesuffix("-released"),
-        release_grads=kind.endswith("-released"),
+        optimizer=kind,
+        release_grads="released" in options,
+        bf16_copies="copies" in options,
         gpu=False,
         process=compat.process_bytes(),
     )
@@ -94,9 +99,12 @@ class Step:
             lora.inject(model, p.parts, p.r, 2 * p.r, 0.01)
             lora.mark_trainable(model, p.parts)
             lora.store_frozen(model, DTYPES["bf16" if p.frozen == 2 else "fp32"])
-        flags = TrainConfig(
-            optimizer=p.optimizer, release_grads=int(p.release_grads), precision=p.precision, lr_init=1e-5
-        )
+        if p.bf16_copies:
+            for layer in model.modules():
+                if isinstance(layer, Matrix):
+                    layer.keep_bf16_copy()
+        switched = {"release_grads": int(p.release_grads), "bf16_copies": int(p.bf16_copies)}
+        flags = TrainConfig(optimizer=p.optimizer, precision=p.precision, lr_init=1e-5, **switched)
         self.optimizer = optimizer.make(model, flags)
         self.ids = torch.randint(p.sizes.vocab_size, (p.micro_bsz * p.sequences, p.ctx_len + 1))
         self.pairs = p.sequences == 2
@@ -130,7 +138,8 @@ def measure(p: Plan) -> dict:
     cpu.prepare()
     resting, step = machine.rss(), Step(p)
     packed = sum(matrix.nbytes for matrix in quant.quantised_in(step.model))
-    found = {"weights": packed + bytes_of(step.model.parameters()), "gradients": step()}
+    weights = [*step.model.parameters(), *map(bf16_copy.memory, step.model.parameters())]
+    found = {"weights": packed + bytes_of(weights), "gradients": step()}
     found["optimizer"] = bytes_of(x for state in step.optimizer.state.values() for x in state.values())
     machine.rss_peak(restart=True)
     step()

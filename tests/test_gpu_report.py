@@ -58,10 +58,13 @@ report.main()
 
 
 def test_no_time_left(root, tmp_path):
+    (tmp_path / "steps.json").write_text('{"matmul_tflops": 1, "rows": []}')  # of an earlier report
     command = [sys.executable, str(root / "bench/gpu/report.py"), "--out", str(tmp_path), "--only", "doctor"]
     done = subprocess.run([*command, "--seconds", "3"], capture_output=True, check=False, env=_environment(root))
     assert done.returncode == 1
-    assert "| doctor | not run: no time left |" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "| doctor | not run: no time left |" in text
+    assert "Training steps" not in text
 
 
 @pytest.fixture
@@ -91,6 +94,8 @@ def test_tables(tables, tmp_path):
     assert f"{decay} | 0.100 | 0.400 | 3.00 |" in text
     assert "| a | 1.5 | 1.0 | 1,234 | 50.0 % | 2.00 | 125 % |" in text
     assert "| b | RuntimeError: full |" in text
+    (tmp_path / "steps.json").write_text('{"matmul_tflops": 785.0, "rows": [')  # stopped while it wrote
+    assert "Training steps" not in tables.report({"card": "a card"}, outcomes, tmp_path)
     results = tmp_path / "results.md"
     results.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     tables.replace(results, text)
@@ -116,6 +121,22 @@ def _write_report(folder, step, kernels, torch="2.0"):
     )
     row = {"B": 1, "T": 16, "dtype": "bfloat16", "forward": 1.0, "backward": 2.0}
     (folder / "wkv7.json").write_text(json.dumps({"results": [row]}))
+
+
+def test_compare_reports_what_is_missing(root, tmp_path):
+    for name in ("before", "after"):
+        _write_report(tmp_path / name, 1.0, (1.0,))
+    steps = tmp_path / "after" / "steps.json"
+    rows = json.loads(steps.read_text())["rows"]
+    steps.write_text(json.dumps({"rows": rows[1:]}))
+    (tmp_path / "after" / "wkv7.json").unlink()
+    done = _compare(root, tmp_path / "before", tmp_path / "after")
+    missing = "steps: LoRA; wkv7: 1, 16, bfloat16: forward; wkv7: 1, 16, bfloat16: backward"
+    assert f"only in the earlier report: {missing}\n" in done.stdout
+    assert done.returncode == 0, done.stderr
+    steps.write_text(json.dumps({"rows": [{"name": "LoRA", "error": "RuntimeError: out of memory"}]}))
+    done = _compare(root, tmp_path / "before", tmp_path / "after")
+    assert (done.returncode, done.stderr) == (1, "ended with an error: LoRA (RuntimeError: out of memory)\n")
 
 
 def _compare(root, before, after):

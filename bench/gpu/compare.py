@@ -3,9 +3,10 @@
     python bench/gpu/compare.py BEFORE AFTER [--percent 10]
 
 BEFORE and AFTER are folders of `make gpu-report`. A training step is compared by itself; kernels,
-which take microseconds and vary more, by the geometric mean over their part of the report. Reports
-of different cards or versions of torch are not compared. Without BEFORE there is nothing to do, so
-that the first report passes.
+which take microseconds and vary more, by the geometric mean over their part of the report. It also
+fails if a step that BEFORE measured ends with an error in AFTER; measurements that AFTER lacks
+otherwise are listed. Reports of different cards or versions of torch are not compared. Without
+BEFORE there is nothing to do, so that the first report passes.
 """
 
 import argparse
@@ -42,6 +43,12 @@ def _load(path: Path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def errors(folder: Path) -> dict[str, str]:
+    """The errors of training steps, by name."""
+    rows = (_load(folder / "steps.json") or {"rows": []})["rows"]
+    return {row["name"].strip(): row["error"] for row in rows if "error" in row}
+
+
 def ratios(before: dict[tuple[str, str], float], after: dict[tuple[str, str], float]) -> dict[str, float]:
     """The time after relative to the time before: of each training step, and of each part's kernels
     on average. Measurements that only one report has are left out.
@@ -69,16 +76,22 @@ def main() -> None:
     if different := [f"{name} {before[name]} and {after[name]}" for name in COMPARABLE if before[name] != after[name]]:
         print(f"not compared: {'; '.join(different)}")
         return
-    found = ratios(times(c.before), times(c.after))
+    earlier, later = times(c.before), times(c.after)
+    found, missing = ratios(earlier, later), [key for key in earlier if key not in later]
     if not found:
         print("not compared: the reports have no measurement in common")
-        return
-    print(f"time at {after['commit']} relative to {before['commit']}, on {after['card']}")
+    else:
+        print(f"time at {after['commit']} relative to {before['commit']}, on {after['card']}")
     slower = [name for name, ratio in found.items() if ratio > 1 + c.percent / 100]
     for name, ratio in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{ratio:6.2f}  {name}{'  SLOWER' if name in slower else ''}")
-    if slower:
-        sys.exit(f"more than {c.percent:g} % slower: {'; '.join(slower)}")
+    if missing:
+        print("only in the earlier report: " + "; ".join(": ".join(key) for key in missing))
+    failed = [f"{name} ({error})" for name, error in errors(c.after).items() if ("steps", name) in earlier]
+    problems = [f"more than {c.percent:g} % slower: {'; '.join(slower)}"] if slower else []
+    problems += [f"ended with an error: {'; '.join(failed)}"] if failed else []
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

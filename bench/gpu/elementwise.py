@@ -92,7 +92,7 @@ def loss_cases(ops: gpu.CudaKernels, rows: int, vocab: int) -> Iterator[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file, after each")
     c = parser.parse_args()
     torch.cuda.init()
     if reason := load.why_unavailable_on(0):
@@ -107,8 +107,8 @@ def main() -> None:
                 ms = median_ms(run, budget_ms=20)
                 results.append({"shape": shape, "operation": name, "ms": ms, "share": moved / speed / ms})
                 print(f"{shape:16} {name:32} {ms:8.4f} ms {100 * moved / speed / ms:5.0f} %", flush=True)
-    if c.json:
-        c.json.write_text(json.dumps(results))
+                if c.json:
+                    c.json.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def run(
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {compiler}; copy {speed / 1e9:.2f} TB/s")
     if header:
         print(header)
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_ms": speed}
     results, failed = [], 0
     for case in cases(arguments.quick):
         try:
@@ -45,9 +46,8 @@ def run(
             continue
         print(line(results[-1]), flush=True)
         torch.cuda.empty_cache()
-    if arguments.json:
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_ms": speed}
-        arguments.json.write_text(json.dumps({**about, "results": results}))
+        if arguments.json:
+            arguments.json.write_text(json.dumps({**about, "results": results}))
     if failed:
         sys.exit(f"{failed} measurements failed")
 

@@ -5,7 +5,8 @@
 Each part runs in its own process with a time limit; if one fails, the others still run. If the part
 time_mix fails, which tests the CUDA kernels of the time-mix of RWKV-5 to 7, the parts after it run
 without them (RWKV_FUSED=0), and the report says so. Written to FOLDER: conditions.json, PART.log,
-PART.json, and report.md with the tables, which names the parts that failed or did not run.
+PART.json, and report.md with the tables, which names the parts that failed or did not run. Those
+of an earlier report in FOLDER are deleted first.
 --results also replaces the GPU tables in docs/results.md. compare.py compares two such folders.
 """
 
@@ -24,6 +25,7 @@ import tables
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 LEAST = 15  # seconds; a part is not started with less time left
+RESERVE = 15  # seconds of the limit for starting, ending a part that is stopped, and the report
 TIME_MIX = "tests/gpu/test_time_mix_gpu.py"
 PARTS = (
     "kernels",
@@ -133,11 +135,13 @@ def main() -> None:
     wanted, begin = c.only.split(","), time.monotonic()
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: not one of {', '.join(PARTS)}")
+    for old in (f"{name}.{kind}" for name in PARTS for kind in ("json", "log")):
+        (out / old).unlink(missing_ok=True)  # a part that now fails must not show their figures
     conditions, outcomes = tables.conditions(ROOT), {}
     (out / "conditions.json").write_text(json.dumps(conditions), encoding="utf-8")
     print(tables.sentence(conditions), flush=True)
     for name, part in parts(out, c.ptx).items():
-        left = c.seconds - (time.monotonic() - begin)
+        left = c.seconds - RESERVE - (time.monotonic() - begin)
         if name not in wanted:
             outcomes[name] = "not asked for"
         elif left < LEAST:

@@ -96,7 +96,7 @@ def start(folder: Path, number: int, accelerator: str) -> tuple[list[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file, after each run")
     parser.add_argument("--accelerator", default="gpu", help="cpu: to test this program")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -104,6 +104,11 @@ def main() -> None:
     if c.case is not None:
         return run(c.folder, *CASES[c.case], c.accelerator)
     results, plain = [], {}
+
+    def write() -> None:
+        if c.json:
+            c.json.write_text(json.dumps(results))
+
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
         make_inputs(Path(folder))
         cases = range(len(CASES))
@@ -113,6 +118,7 @@ def main() -> None:
             if error:
                 results.append({"name": title, "error": error})
                 print(f"{title:34} {error}", flush=True)
+                write()
                 continue
             losses = [line["loss"] for line in lines]
             base = plain.setdefault((method, precision), losses)
@@ -124,8 +130,7 @@ def main() -> None:
                 f" norm {last.get('grad_norm')}; peak {last.get('gpu_peak_mib')} MiB, in use on the GPU {last.get('gpu_used_mib')} MiB",
                 flush=True,
             )
-    if c.json:
-        c.json.write_text(json.dumps(results))
+            write()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The content of a JSON file; None without one, or if its part was stopped while it wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def steps(found: dict[str, Any]) -> str:

@@ -135,17 +135,9 @@ def main() -> None:
                 flush=True,
             )
             torch.cuda.empty_cache()
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps(
-                {
-                    "gpu": torch.cuda.get_device_name(),
-                    "torch": torch.__version__,
-                    "copy_bytes_per_ms": speed,
-                    "results": results,
-                }
-            )
-        )
+            if arguments.json:
+                about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_ms": speed}
+                arguments.json.write_text(json.dumps({**about, "results": results}))
 
 
 if __name__ == "__main__":

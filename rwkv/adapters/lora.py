@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from rwkv.adapters import state
 from rwkv.kernels.elementwise import native
-from rwkv.kernels.linear import Matrix, Weight, dense, linear_forward, linear_grad_input, quantised, rows
+from rwkv.kernels.linear import (
+    Matrix,
+    Weight,
+    dense,
+    linear_forward,
+    linear_grad_input,
+    quantised,
+    rows,
+    scaled_product,
+)
 from rwkv.models import RWKV
 from rwkv.models.parts import Parts, layer_of
 
@@ -80,21 +89,23 @@ class _LoRAFunction(torch.autograd.Function):
     def backward(ctx, g):
         weight, a, b, low, *inputs = ctx.saved_tensors
         flat, gx, ga, gb = rows(g), None, None, None
-        glow = linear_grad_input(flat, b).mul_(ctx.scale)  # [N, r]
+        glow = linear_grad_input(flat, b)  # [N, r], without the scale
         if ctx.needs_input_grad[2]:
             if ctx.recompute_dropped:
                 x = rows(ctx.recompute_dropped(ctx.seed, *inputs))
             else:
                 x = _apply_dropout(ctx, rows(ctx.recompute(*inputs)))
-            ga = (glow.t() @ x).to(ctx.dtypes[0])
+            ga = scaled_product(glow.t(), x, ctx.scale).to(ctx.dtypes[0])
         if ctx.needs_input_grad[3]:
-            gb = (low.t() @ flat).mul_(ctx.scale).t().to(ctx.dtypes[1])  # computed as [r, out]: the faster layout
+            # computed as [r, out], the faster layout; autograd would copy what is not contiguous
+            gb = scaled_product(low.t(), flat, ctx.scale).t()
+            gb = gb.to(ctx.dtypes[1], memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in its stubs
         if ctx.needs_input_grad[0]:
             gx = linear_grad_input(flat, ctx.quantised or weight)
             if ctx.dropout:
-                native.dropout_add_(gx, glow @ a, ctx.seed, ctx.dropout)
+                native.dropout_add_(gx, scaled_product(glow, a, ctx.scale), ctx.seed, ctx.dropout)
             else:
-                gx.addmm_(glow, a)
+                gx.addmm_(glow, a, alpha=ctx.scale)
             gx = gx.view(*g.shape[:-1], -1)
         return gx, None, ga, gb, None, None, None, None
 

@@ -175,7 +175,7 @@ class TimeMix(nn.Module):
 
     def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
         """The outputs of the linear layers; `later`: not in block 0."""
-        empty = torch.zeros_like(shift)
+        empty = None if reset is None else torch.zeros_like(shift)  # read only at a document start
         r_drop, k_drop, v_drop = dropout_of(self.receptance, self.key, self.value)
         first, second = [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], [1 - self.x_v, 1 - self.x_a, 1 - self.x_g]
         xr, xw, xk = native.mix(x, shift, reset, first, empty, [r_drop, 0, k_drop])
@@ -208,7 +208,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, C], shift [B, C], reset [B, T] → y [B, T, C]."""
-        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], torch.zeros_like(shift), dropout_of(self.key))
+        empty = None if reset is None else torch.zeros_like(shift)
+        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], empty, dropout_of(self.key))
         return self.value(native.relu2(self.key(xk)))
 
 

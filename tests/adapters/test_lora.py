@@ -6,6 +6,7 @@ import re
 import peft
 import pytest
 import torch
+from launches import Launches
 
 from rwkv.adapter_files import load_tuned
 from rwkv.adapters import lora
@@ -306,6 +307,20 @@ def test_dropout_gradients_match_finite_differences(make_model, grad_cp):
             losses.append(float(loss()))
     # central difference in fp64: its error is the third derivative
     assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
+
+
+def test_launches():
+    """On a GPU each of these is a kernel: matmuls, and casts of A, B and their gradients."""
+    layer = lora.LoRALinear(torch.zeros(8, 6, dtype=torch.bfloat16), 2, 4.0)
+    x = torch.zeros(3, 6, dtype=torch.bfloat16, requires_grad=True)
+    with Launches() as forward, torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    g = torch.zeros_like(y)
+    with Launches() as backward:
+        y.backward(g)
+    assert sorted(forward.names) == ["_to_copy", "_to_copy", "addmm_", "mm", "mm"]
+    assert sorted(backward.names) == ["_to_copy", "_to_copy", "addmm", "addmm", "addmm_", "mm", "mm"]
+    assert layer.lora_B.grad.is_contiguous()
 
 
 def test_saved_activations_are_rank_sized(make_model):

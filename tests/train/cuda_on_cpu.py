@@ -38,20 +38,35 @@ class _Stream:
 
     def wait_stream(self, *_: Any) -> None: ...
 
-    wait_event = record = synchronize = wait_stream
+    wait_event = record = wait_stream
+
+    def synchronize(self) -> None:
+        _wait("synchronize")
 
     def query(self) -> bool:
         return True
 
 
-class Waits:
-    """Number of torch.cuda.synchronize calls."""
-
-    count = 0
+waits_on: Any = None
+"""A FakeDevice (host_sync.py) that counts the waits, or None."""
 
 
-def _synchronize(*_: Any) -> None:
-    Waits.count += 1
+def _wait(operation: str) -> None:
+    if waits_on:
+        waits_on.wait(operation)
+
+
+def _copied(make: Any) -> Any:
+    """Constructor of a tensor on the GPU from a list: the host waits for the copy."""
+
+    def copy(values: list) -> Tensor:
+        _wait("copy from the host")
+        tensor = make(values)
+        if waits_on:
+            waits_on.place(tensor)
+        return tensor
+
+    return copy
 
 
 def _cuda() -> None:
@@ -61,11 +76,11 @@ def _cuda() -> None:
     cuda.stream = lambda _: contextlib.nullcontext()
     cuda.current_device = lambda: CPU
     cuda.set_device = cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
-    cuda.synchronize = _synchronize
+    cuda.synchronize = lambda *_: _wait("synchronize")
     cuda.memory_stats = lambda *_: {"num_alloc_retries": 0}
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda *_: 0)
-    cuda.FloatTensor, cuda.ByteTensor = torch.FloatTensor, torch.ByteTensor
+    cuda.FloatTensor, cuda.ByteTensor = _copied(torch.FloatTensor), _copied(torch.ByteTensor)
     tensor: Any = Tensor
     tensor.cuda = lambda self, *_, **__: self
     tensor.pin_memory = lambda self, *_: self

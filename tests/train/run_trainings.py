@@ -5,7 +5,8 @@ The trainings share the processes, and the processes are forked, as starting Pyt
 torch and DeepSpeed takes longer than training. The file contains [kind, flags] of each training.
 Extra flags: `copy_of`, a run whose copy, as it was after STEP, is continued; `gradient_factor`,
 [step, value], which multiplies a gradient of that step by the value; such a run may end with a
-UserError, which is written to error.txt. Trainings with DeepSpeed also write facts.json
+UserError, which is written to error.txt; `count_waits`, [first, last], the steps in which waits for
+the device are counted (last excluded). Trainings with DeepSpeed also write facts.json
 (RecordingStrategy).
 """
 
@@ -21,6 +22,7 @@ import sys
 from multiprocessing import connection
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from rwkv import compat
@@ -32,15 +34,19 @@ from rwkv.train.callbacks import metrics
 from rwkv.train.resume import state_files
 from rwkv.train.runtime import strategy
 from rwkv.train.runtime.lightning import rank_zero_only
+from tests.train import host_sync
+from tests.train.host_sync import FakeDevice
 
 
 class RecordingStrategy(strategy.ZeroStrategy):
     """Write facts.json. `weights`, `masters`: dtypes of the parameters and of the optimizer's
     master weights; `bucket`: elements; `moved`: devices of the model before the optimizer was
-    created; `gathered`: parameters gathered for a full pass; `timed`: micro-batches timed.
+    created; `gathered`: parameters gathered for a full pass; `timed`: micro-batches timed;
+    `tensors`: trained parameters; `waits`: see host_sync.FakeDevice.
     """
 
     gradient_factor: list | None = None
+    device: FakeDevice | None = None  # counts waits
 
     def init_deepspeed(self) -> None:
         module, moved = self.lightning_module, []
@@ -59,6 +65,7 @@ class RecordingStrategy(strategy.ZeroStrategy):
             "bucket": zero.reduce_bucket_size,
             "moved": moved,
             "gathered": 0,
+            "tensors": sum(p.requires_grad for p in module.parameters()),
         }
         if self.gradient_factor:
             step, value = self.gradient_factor
@@ -77,6 +84,7 @@ class RecordingStrategy(strategy.ZeroStrategy):
             self.facts["timed"] = (
                 timer.total_step_count if hasattr(timer, "total_step_count") else timer.global_step_count
             )
+            self.facts["waits"] = self.device.waits if self.device else {}
             (Path(self.lightning_module.config.proj_dir) / "facts.json").write_text(json.dumps(self.facts))
         super().teardown()
 
@@ -98,6 +106,7 @@ def train(kind: str, flags: dict, step: int) -> None:
             copy_after_step(step, source, flags["proj_dir"])
         dist.barrier()  # the process group of an earlier training
     RecordingStrategy.gradient_factor = flags.pop("gradient_factor", None)
+    counted = flags.pop("count_waits", None)
     resolve.check = (lambda _: None) if flags["precision"] == "fp16" else check  # check requires a GPU for fp16
     if flags["precision"] == "fp16" and compat.stack() == "modern":
         compat.import_deepspeed(on_gpu=False)
@@ -105,11 +114,23 @@ def train(kind: str, flags: dict, step: int) -> None:
         accelerator.is_fp16_supported = lambda _: True  # as a GPU; this torch supports fp16 on CPUs
     config = {"full": TrainConfig, "lora": LoRAConfig, "state": StateConfig, "dpo": DPOConfig}[kind](**flags)
     try:
-        training.fit(config)
+        with _waits_counted(*counted) if counted else contextlib.nullcontext():
+            training.fit(config)
     except UserError as error:
         if not RecordingStrategy.gradient_factor:
             raise
         (Path(config.proj_dir) / "error.txt").write_text(str(error))
+
+
+@contextlib.contextmanager
+def _waits_counted(first: int, last: int):
+    fake = RecordingStrategy.device = FakeDevice(count=True)
+    with pytest.MonkeyPatch.context() as patch:
+        host_sync.use(patch, fake, first, last)
+        if cuda := sys.modules.get("cuda_on_cpu"):
+            patch.setattr(cuda, "waits_on", fake)
+        yield
+    RecordingStrategy.device = None
 
 
 def prepare() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv import checkpoint
+from rwkv import checkpoint, compat
 from rwkv.config import DPOConfig, LoRAConfig, StateConfig, TrainConfig
 from rwkv.data.binidx_writer import writer
 from rwkv.train.fit import fit
@@ -139,6 +139,15 @@ SOLO = {  # DeepSpeed with one process
     "deepspeed_stage_2_offload": ("lora", {}),
     "deepspeed_stage_3": ("full", {"grad_cp": 1, "ds_config": ""}),  # small parameters stay gathered, the default
 }
+WAITS = [  # with one process; waits for the device are counted
+    ("deepspeed_stage_1", "full"),
+    ("deepspeed_stage_2", "lora"),
+    ("deepspeed_stage_3", "full"),
+    ("deepspeed_stage_3", "lora"),
+    ("deepspeed_stage_3_offload", "lora"),
+]
+if compat.stack() == "cu117":  # newer versions read two values of each tensor
+    WAITS.append(("deepspeed_stage_2_offload", "full"))
 OWN_SEEDS = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"]  # each rank draws a seed and creates its own weights
 BF16 = [
     name for name in ("deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3") if name in STRATEGIES
@@ -226,6 +235,10 @@ def run_all(folder: Path, make_model) -> None:
             ONE_PROCESS["clipped" if kind == "full" else "lora"][1] | process_flags(name, folder) | {"devices": 1} | own
         )
         solo.append([kind, flags(f"{name}, one process", case)])
+    for name, kind in WAITS:
+        case = {"micro_bsz": 4, **{"full": CLIPPED, "lora": LORA}[kind], **process_flags(name, folder), "devices": 1}
+        counted = {"ds_config": "", "save_every": 2 * STEPS, "count_waits": [1, STEPS - 1]}
+        solo.append([kind, flags(f"{name}, {kind}, waits", case | counted)])
     (folder / "all_reduce.json").write_text(json.dumps({"zero_optimization": {"reduce_scatter": False}}))
     (folder / "wrong.json").write_text(json.dumps({"zero_optimization": {"sub_group_size": "many"}}))
     wrong = {"strategy": "deepspeed_stage_3", "ds_config": str(folder / "wrong.json"), "gradient_factor": [0, 1.0]}

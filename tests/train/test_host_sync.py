@@ -5,15 +5,13 @@
 import pytest
 import torch
 
-from rwkv import compat
 from rwkv.checkpoint import read_tensors
 from rwkv.config import LoRAConfig, TrainConfig
 from rwkv.data.binidx import mask_path
 from rwkv.kernels.head_loss import head_loss
 from rwkv.train.callbacks import metrics
 from rwkv.train.fit import fit
-from rwkv.train.loop.module import TrainingModule
-from tests.train import fused_adam_on_cpu
+from tests.train import fused_adam_on_cpu, host_sync
 from tests.train.host_sync import FakeDevice, HostSync
 from tests.train.small_runs import SMALL, TUNE, lines, poisoned
 
@@ -22,34 +20,9 @@ FIRST, LAST = 2, 5  # no synchronisation from step FIRST to before step LAST, wh
 
 @pytest.fixture
 def device(monkeypatch):
-    """Train on a fake device: it holds the model and the batches, and is armed from the start of
-    step FIRST to the start of step LAST.
-    """
+    """Train on a fake device."""
     fake = FakeDevice()
-
-    def fit_on_device(trainer, module, fit=compat.fit):
-        fake.place(list(module.parameters()))
-        with fake:
-            fit(trainer, module)
-
-    def on_start(self, batch, batch_idx, begin=TrainingModule.on_train_batch_start):
-        fake.armed = FIRST <= self.step < LAST
-        begin(self, batch, batch_idx)
-
-    def transfer_batch(self, batch, device, dataloader_idx, transfer=TrainingModule.transfer_batch_to_device):
-        moved = transfer(self, batch, device, dataloader_idx)
-        fake.place([new for i, new in enumerate(moved) if i != 2])  # the target count stays on the host
-        return moved
-
-    def read(self, read=metrics.PendingScalars.read):
-        with fake.disarmed():  # reads the previous step's values: tests/train/test_nan.py
-            return read(self)
-
-    monkeypatch.setattr(compat, "fit", fit_on_device)
-    monkeypatch.setattr(TrainingModule, "on_train_batch_start", on_start)
-    monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", transfer_batch)
-    monkeypatch.setattr(metrics.PendingScalars, "read", read)
-    monkeypatch.setattr(metrics, "reads_one_step_late", lambda device: True)
+    host_sync.use(monkeypatch, fake, FIRST, LAST)
     fused_adam_on_cpu.use_on_cpu(monkeypatch)
     return fake
 

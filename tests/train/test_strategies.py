@@ -23,6 +23,7 @@ from tests.train.strategy_runs import (
     STRATEGIES,
     STRATEGY_CHANGES,
     TWO_PROCESSES,
+    WAITS,
 )
 
 TOLERANCE = 1e-5  # fp32, different summation order; measured 2e-7
@@ -122,6 +123,20 @@ def test_deepspeed_overhead(runs, name):
     assert full["timed"] == lora["timed"] == 0  # DeepSpeed's timers would synchronise with the GPU
     if compat.stack() == "cu117":  # the model is on the device before torch's fused Adam checks it
         assert full["moved"][0] == "cpu"
+
+
+@pytest.mark.parametrize(("name", "kind"), WAITS)
+def test_deepspeed_waits_for_the_device(runs, name, kind):
+    """A step's waits do not depend on the number of tensors: they are for an overflow flag, and for
+    the norms of at most 4 groups of parameters.
+    """
+    found = facts(runs / f"{name}, {kind}, waits")
+    each = sum(found["waits"].values()) / (STEPS - 2)
+    if compat.stack() == "cu117":  # and 2 synchronisations; up to 3 waits for a value: read, copied, read
+        limit = 9 if name == "deepspeed_stage_3" else 17
+    else:
+        limit = 1 if name == "deepspeed_stage_3" else 5
+    assert 0 < each <= limit < found["tensors"] / 2
 
 
 def test_deepspeed_warns_once(runs):
