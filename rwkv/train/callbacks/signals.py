@@ -67,11 +67,12 @@ class Signals(pl.Callback):
             self._restore()
             signal.raise_signal(number)
             return
+        # first of all, as the next signal may interrupt any call
+        self.received, self._at, self._module.stop = number, now, True
         self._keep()
         if number == signal.SIGHUP:  # the terminal is closed: writing to it would fail
             for descriptor in self._terminals:
                 silence(descriptor)
-        self.received, self._at, self._module.stop = number, now, True
         lost = max(1, self._unsaved())
         consequence = f"WITHOUT saving ({lost:,} step{'s' * (lost > 1)} would be lost)"
         if number == signal.SIGINT:

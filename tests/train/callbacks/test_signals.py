@@ -125,23 +125,35 @@ def test_signal_in_the_last_step(make_base, make_data, tmp_path, monkeypatch):
     assert (result.steps, result.checkpoint.name) == (2, "rwkv-0.pth")
 
 
-def test_second_signal_restores_handlers(monkeypatch):
-    """After it, Lightning restores the handlers from before the training, as without signals."""
-    monkeypatch.setattr(signals, "DUPLICATE_SECONDS", 0)
+@pytest.fixture
+def listening():
+    """The callback in a training, and the handlers that Lightning would restore."""
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    outer = dict(before)
-    callback = signals.Signals()
+    outer, callback = dict(before), signals.Signals()
     trainer = SimpleNamespace(_signal_connector=SimpleNamespace(_original_handlers=outer))
-    try:
-        callback.on_train_start(trainer, SimpleNamespace(stop=False))
+    callback.on_train_start(trainer, SimpleNamespace(stop=False))
+    yield callback, outer
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_second_signal_restores_handlers(listening, monkeypatch):
+    """After it, Lightning restores the handlers from before the training, as without signals."""
+    callback, outer = listening
+    monkeypatch.setattr(signals, "DUPLICATE_SECONDS", 0)
+    before = dict(outer)
+    signal.raise_signal(signal.SIGINT)
+    assert set(outer.values()) == {callback._handle}
+    with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-        assert set(outer.values()) == {callback._handle}
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert outer == before
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert outer == before
+
+
+def test_signal_during_the_handler(listening, monkeypatch, capsys):
+    callback, _ = listening
+    monkeypatch.setattr(callback, "_keep", lambda: signal.raise_signal(signal.SIGTERM))
+    signal.raise_signal(signal.SIGTERM)
+    assert capsys.readouterr().out.count("would be lost") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
