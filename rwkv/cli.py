@@ -90,6 +90,8 @@ _REMEDIES = {
     errno.EACCES: "change its permissions, or use another file or folder",
     errno.EPERM: "change its permissions, or use another file or folder",
     errno.EISDIR: "pass a file",
+    errno.ENOTDIR: "use another file or folder",
+    errno.EEXIST: "use another name",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EMFILE: "raise the limit: ulimit -n 65536",
     errno.EIO: "check the disk or network drive",
@@ -101,9 +103,19 @@ def format_os_error(error: OSError) -> str:
     files = " -> ".join(
         os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
     )
+    if error.errno == errno.ENOENT and not files and not _has_current_folder():
+        return "the current folder was deleted; change to another one (cd), and run the same command again"
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return ": ".join(filter(None, [files[:300], what])) + (f"; {remedy}" if remedy else "")
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _exit(message: str) -> NoReturn:

@@ -24,6 +24,14 @@ _FULL = {
     errno.EDQUOT: "the disk quota is exceeded",
     errno.EFBIG: "the file exceeds the maximum file size",
 }
+# why a file cannot be created, and what to do
+_REFUSED = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "no permission; use another folder, or change its permissions"),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR, errno.ELOOP), "its folder is a file or a broken link; use another one"
+    ),
+    errno.ENAMETOOLONG: "the name is too long; use a shorter one",
+}
 _UMASK = os.umask(0)  # reading it means setting it, which is not thread-safe: once, at import
 os.umask(_UMASK)
 _MAX_HASHED = 4 << 30  # bytes up to which `fingerprint` hashes the whole file (takes some seconds)
@@ -163,7 +171,8 @@ def atomic_writes(parts: Sequence[str | os.PathLike], marks: Sequence[str | os.P
     that name is removed.
 
     Raises:
-        UserError: a path is a folder, device or pipe; the disk is full, or read-only.
+        UserError: a path is a folder, device or pipe; the disk is full, or read-only; a file cannot
+            be created there.
     """
     targets = [Path(path) for path in (*parts, *marks)]
     for path in targets:
@@ -281,8 +290,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """`value` as indented JSON, with a newline at the end."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """`value` as indented JSON, with a newline at the end. Surrogates, which stand for the bytes of
+    a file name that is not UTF-8, are escaped.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # \udcff: also an escape of JSON
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -313,10 +325,28 @@ def fingerprint(path: str | os.PathLike) -> str:
 def _temporary(path: Path) -> Iterator[Path]:
     """Create an empty temporary file beside `path` and lock it; unlocked ones were left by killed
     processes and are removed.
+
+    Raises:
+        UserError: it cannot be created; see _REFUSED.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in stale_temporaries(path):
-        stale.unlink(missing_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in stale_temporaries(path):
+            stale.unlink(missing_ok=True)
+        handle, name = _created(path)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise UserError(f"{path}: cannot be written: {_REFUSED[error.errno]}") from error
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _created(path: Path) -> tuple[int, str]:
+    """A new temporary file of `path`, locked: (descriptor, name)."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -328,13 +358,8 @@ def _temporary(path: Path) -> Iterator[Path]:
                 os.rename(name, owned)
                 name = owned
         if os.fstat(handle).st_nlink:
-            break
+            return handle, name
         os.close(handle)  # another process removed it before it was locked
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-        os.close(handle)
 
 
 def _sync(path: Path) -> None:

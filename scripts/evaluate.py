@@ -9,6 +9,7 @@
     python scripts/evaluate.py --model base.pth --tasks lambada_openai
 """
 
+import contextlib
 import math
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from rwkv.errors import UserError, printable
 def main(config: EvaluateConfig) -> None:
     from rwkv import compat
     from rwkv.evaluation import harness, inputs, models, table
-    from rwkv.files import write_json
+    from rwkv.files import atomic_write, json_text
     from rwkv.train.resume import run_manifest
 
     wanted = models.check(config)
@@ -32,19 +33,22 @@ def main(config: EvaluateConfig) -> None:
     manifest = run_manifest.read(Path(config.run)) if config.run else None
     if config.run and manifest is None:
         raise UserError(f"--run {config.run}: no {run_manifest.NAME} in this folder, so it is not the folder of a run")
-    with tempfile.TemporaryDirectory(prefix="rwkv-evaluate-") as temporary:
-        data = inputs.of_run(manifest, Path(config.run)) if manifest else inputs.of_files(config, Path(temporary))
-        models.check_vocabularies(wanted, data)
-        results = [models.evaluate(config, one, data) for one in wanted]
-    if data:
-        context = f"windows of {config.ctx_len:,} tokens" if config.ctx_len else "whole documents"
-        print(printable(f"loss in nats per token, on {context}\n"))
-        print("\n".join(map(printable, table.losses(results).splitlines())))
-    if config.tasks:
-        print(("\n" if data else "") + "\n".join(map(printable, table.tasks(results).splitlines())))
-    if config.output:
-        flags = {name: value for name, value in vars(config).items() if name != "output"}
-        write_json(config.output, {"flags": flags, "models": [_finite(result.as_json()) for result in results]})
+    writing = atomic_write(config.output) if config.output else contextlib.nullcontext()
+    with writing as file:  # fails before the work if the file cannot be written
+        with tempfile.TemporaryDirectory(prefix="rwkv-evaluate-") as temporary:
+            data = inputs.of_run(manifest, Path(config.run)) if manifest else inputs.of_files(config, Path(temporary))
+            models.check_vocabularies(wanted, data)
+            results = [models.evaluate(config, one, data) for one in wanted]
+        if data:
+            context = f"windows of {config.ctx_len:,} tokens" if config.ctx_len else "whole documents"
+            print(printable(f"loss in nats per token, on {context}\n"))
+            print("\n".join(map(printable, table.losses(results).splitlines())))
+        if config.tasks:
+            print(("\n" if data else "") + "\n".join(map(printable, table.tasks(results).splitlines())))
+        if file:
+            flags = {name: value for name, value in vars(config).items() if name != "output"}
+            found = {"flags": flags, "models": [_finite(result.as_json()) for result in results]}
+            file.write_text(json_text(found), encoding="utf-8")
 
 
 def _finite(value):

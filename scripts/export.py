@@ -42,6 +42,8 @@ def main(config: ExportConfig) -> None:
     written = export_folder.existing(output) if folder else output
     if not folder and os.path.isdir(output):
         raise UserError(f"{output}: a folder; pass a file name")
+    if folder and os.path.lexists(output) and not os.path.isdir(output):
+        raise UserError(f"{output}: a file or a broken link, but this format is a folder; pass another --output")
     if os.path.lexists(written) and not config.force:
         raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
     if kind == "peft":

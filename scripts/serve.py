@@ -8,7 +8,6 @@
 Stop it with Ctrl-C.
 """
 
-import functools
 import os
 
 from rwkv.cli import parse, report_errors
@@ -19,7 +18,7 @@ from rwkv.errors import UserError
 def main(config: ServeConfig) -> None:
     from rwkv import compat
     from rwkv.sampling import Sampling, check_sampling
-    from rwkv.serve import app, served, server
+    from rwkv.serve import app, output, served, server
     from rwkv.serve.engine import Engine
     from rwkv.serve.protocol import Limits
     from rwkv.serve.worker import Worker
@@ -70,7 +69,7 @@ def main(config: ServeConfig) -> None:
             key,
             server.accepted_hosts(listening, config.host, key),
             [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()],
-            functools.partial(print, flush=True),
+            output.say,
         )
         server.run(listening, Worker(engine), settings, config.shutdown_seconds)
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import errno
+import os
 import re
 
 import pytest
@@ -248,6 +249,11 @@ def test_help_starts_with_essential_flags(capsys):
             PermissionError(errno.EACCES, "Permission denied", b"a"),
             "error: a: Permission denied; change its permissions, or use another file or folder",
         ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/x"),
+            "error: f/x: Not a directory; use another file .*",
+        ),
+        (FileExistsError(errno.EEXIST, "File exists", "f"), "error: f: File exists; use another name"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free some space, .*"),
         (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "error: a -> b: Invalid cross-device link"),
         (MemoryError(), "error: out of memory on the host; .*"),
@@ -257,6 +263,15 @@ def test_os_error_message(error, expected):
     with pytest.raises(SystemExit) as caught, report_errors():
         raise error
     assert re.fullmatch(expected, caught.value.code)
+
+
+def test_deleted_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as caught, report_errors():
+        os.path.abspath("file")
+    assert caught.value.code.startswith("error: the current folder was deleted; change to another one")
 
 
 def test_control_characters_escaped():

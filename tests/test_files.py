@@ -111,6 +111,44 @@ def test_creates_folders_with_default_permissions(tmp_path):
     assert path.stat().st_mode == other.stat().st_mode
 
 
+def test_name_that_is_not_utf8(tmp_path):
+    """Python represents the bytes of such a file name by surrogates, which UTF-8 cannot encode."""
+    value = {os.fsdecode(b"\xb2\xe2.bin"): [os.fsdecode(b"/\xff/a"), "测试 😀 \\udcff"]}
+    write_json(tmp_path / "f", value)
+    assert json.loads((tmp_path / "f").read_text(encoding="utf-8")) == value
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("file/f", "its folder is a file or a broken link"),
+        ("file/a/f", "its folder is a file or a broken link"),
+        ("dangling/f", "its folder is a file or a broken link"),
+        ("loop/f", "its folder is a file or a broken link"),
+        ("x" * 300, "the name is too long"),
+    ],
+)
+def test_file_that_cannot_be_created(tmp_path, target, message):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        write_json(tmp_path / target, {})
+    assert str(caught.value).startswith(f"{tmp_path / target}: cannot be written: {message}; use ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_no_permission(tmp_path, monkeypatch, number):
+    def refuse(dir, **keywords):
+        raise OSError(number, os.strerror(number), f"{dir}/.f.random.tmp")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(UserError, match="/f: cannot be written: no permission; use another folder, or change"):
+        write_json(tmp_path / "f", {})
+
+
 def test_sha256(tmp_path):
     data = b"x" * (5 << 20)
     (tmp_path / "f").write_bytes(data)

@@ -8,8 +8,6 @@ import contextlib
 import functools
 import hashlib
 import re
-import sys
-import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from rwkv.serve import protocol, requests
+from rwkv.serve import output, protocol, requests
 from rwkv.serve.access import Access, Log
 from rwkv.serve.engine import Engine
 from rwkv.serve.protocol import ApiError, Call, Limits
@@ -53,7 +51,7 @@ class Settings:
     api_key: str = ""
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
-    write: Callable[[str], None] = print
+    write: Callable[[str], None] = output.say
 
 
 def create(worker: Worker, settings: Settings) -> Starlette:
@@ -92,7 +90,7 @@ def _error_response(error: ApiError) -> Response:
 
 
 def _internal_error(request: Request, error: Exception) -> Response:
-    traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    output.say_traceback(error)
     message = "internal error; the output of the server has the details"
     return _error_response(ApiError(message, status=500, kind="server_error"))
 

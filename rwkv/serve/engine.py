@@ -6,10 +6,8 @@ its own request only, up to rounding: it has its own random generator.
 """
 
 import contextlib
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +18,7 @@ from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.models import RWKV, State
 from rwkv.models.state import map_state
 from rwkv.sampling import sample_tokens
+from rwkv.serve import output
 from rwkv.serve.cache import StateCache
 from rwkv.serve.requests import Closed, Event, Full, Request, Token
 from rwkv.serve.served import Served, initial_state
@@ -331,7 +330,7 @@ class Engine:
 
 def _failure(error: Exception) -> str:
     """The message of an error for clients; its traceback goes to stderr."""
-    traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    output.say_traceback(error)
     return f"{type(error).__name__} while generating; the output of the server has the details"
 
 

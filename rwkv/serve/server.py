@@ -12,17 +12,22 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+import h11
+import orjson
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rwkv.errors import UserError
-from rwkv.serve import app
+from rwkv.serve import app, output
 from rwkv.serve.access import LOOPBACK
+from rwkv.serve.protocol import ApiError
 from rwkv.serve.worker import Worker
 
 _CLOSING_SECONDS = 30  # for cancelled requests to be answered: a step of a large model on a CPU takes seconds
 # Longer than clients keep idle connections (httpx: 5 s): one that the server closes just as the
 # client uses it again loses the request.
 _KEEP_ALIVE_SECONDS = 65
+_MAX_HEADERS = 1 << 16  # bytes of a request's headers
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,6 +70,21 @@ def is_local(listening: socket.socket) -> bool:
     return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
 
 
+class _Http(H11Protocol):
+    """uvicorn's HTTP, which answers requests that are not valid HTTP in the form of all errors."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer, and close the connection."""
+        error = ApiError(f"not a valid HTTP request, or headers of more than {_MAX_HEADERS} bytes")
+        body = orjson.dumps(error.body)
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        begin = h11.Response(status_code=error.status, headers=headers, reason="Bad Request")
+        with contextlib.suppress(h11.LocalProtocolError):  # another answer has begun
+            for event in (begin, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn, which on the first SIGINT or SIGTERM answers the requests that are running, for at
     most `seconds`; on a second one it ends the process.
@@ -78,11 +98,11 @@ class Server(uvicorn.Server):
             server_header=False,
             lifespan="off",
             loop="asyncio",
-            http="h11",
+            http=_Http,
             ws="none",
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(seconds + _CLOSING_SECONDS)),
-            h11_max_incomplete_event_size=1 << 16,  # bytes of headers
+            h11_max_incomplete_event_size=_MAX_HEADERS,
         )
         super().__init__(config)
         self._started, self._worker, self._seconds = started, worker, seconds
@@ -114,10 +134,10 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The handler of both signals."""
         if self.should_exit:
-            print("ended by a second signal", file=sys.stderr, flush=True)
+            output.say("ended by a second signal", sys.stderr)
             os._exit(128 + sig)
-        print("finishing the requests that are running; press Ctrl-C again to end now", file=sys.stderr, flush=True)
         self.should_exit = True
+        output.say("finishing the requests that are running; press Ctrl-C again to end now", sys.stderr)
 
 
 def accepted_hosts(listening: socket.socket, host: str, api_key: str) -> tuple[str, ...]:
@@ -132,7 +152,7 @@ def run(listening: socket.socket, worker: Worker, settings: app.Settings, second
     names = ", ".join(worker.engine.served)
 
     def started() -> None:
-        print(f"serving {names} at {url(listening)} (API: {url(listening)}/v1); Ctrl-C ends", flush=True)
+        output.say(f"serving {names} at {url(listening)} (API: {url(listening)}/v1); Ctrl-C ends")
 
     worker.start()
     try:

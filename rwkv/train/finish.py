@@ -54,6 +54,7 @@ def finish(run: Run, folder: Path, trainer: pl.Trainer, module: TrainingModule, 
     early = module.step < end and (callbacks.best.exhausted or module.end < end)
     if module.step < end and not early:
         _exit_after_signal(folder, module.step, end, callbacks)
+    callbacks.signals.release()
     result = _report(run, folder, trainer, module, callbacks, early)
     callbacks.page.write("stopped early" if early else "complete", callbacks.best.describe() if early else "")
     say(f"page:  {folder / 'report.html'}")

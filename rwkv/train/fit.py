@@ -72,7 +72,11 @@ def _train(
     trainer = make_trainer(run, callbacks.all)
     module = TrainingModule(model, data.training, run.flags, begin, facts(run, data.manifest, model), last)
     with callbacks.monitor.explain_errors(), callbacks.inputs.explain_errors():
-        compat.fit(trainer, module)
+        try:
+            compat.fit(trainer, module)
+        except BaseException:
+            callbacks.signals.release()
+            raise
     return trainer, module
 
 

@@ -318,6 +318,15 @@ def test_rejected(folder, tmp_path, monkeypatch, flags, message):
         check()
 
 
+def test_output_is_checked_before_the_work(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(models, "evaluate", lambda *arguments: pytest.fail("evaluated"))
+    config = EvaluateConfig(model="base.pth", data_file="a.jsonl", output=str(tmp_path / "file/out.json"))
+    with pytest.raises(UserError, match=r"out\.json: cannot be written: its folder is a file"):
+        evaluate.main(config)
+
+
 def test_unknown_vocabulary_has_no_bytes(make_base, make_data):
     base, data = make_base(), make_data(60)
     config = EvaluateConfig(model=str(base), data_file=data)

@@ -140,6 +140,16 @@ def test_export_with_misleading_suffix(tuned, tmp_path, name):
     assert not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("name", ["file", "dangling"])
+def test_folder_in_place_of_file(tuned, tmp_path, name):
+    base, _ = tuned()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name}: a file or a broken link, but this format is a folder; pass another"):
+        main("export")(ExportConfig(model=str(base), output=str(tmp_path / name), force=True))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_failed_export_check_writes_nothing(tuned, tmp_path, make_model):
     model = make_model()
     with torch.no_grad():

@@ -255,6 +255,31 @@ def test_http_errors(url):
     assert preflight[0] == 405  # a browser does not send the request
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no request\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: " + b"a" * 70_000,
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+    ],
+    ids=["no request", "two hosts", "large", "length", "chunk"],
+)
+def test_invalid_http(url, data):
+    """Answered as other errors, and the connection is closed."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=LIMIT) as connection, connection.makefile("rb") as file:
+        connection.sendall(data)
+        head, _, body = file.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"application/json" in head
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith("not a valid HTTP request")
+
+
 def test_internal_error(url, monkeypatch, capfd):
     monkeypatch.setattr(Engine, "submit", lambda *arguments: 1 / 0)
     status, _, body = send(url, "POST", "/v1/completions", {"model": "base", "prompt": "x"})

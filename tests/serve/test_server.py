@@ -1,10 +1,15 @@
 """The server as a program: start-up, signals, many clients."""
 
 import asyncio
+import contextlib
+import http.client
+import json
+import os
 import re
 import runpy
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from rwkv.data.tokenizer import WorldTokenizer
 from rwkv.errors import UserError
 from rwkv.generate import Chat, Session
 from rwkv.sampling import Sampling
+from rwkv.serve.app import Settings
 from rwkv.serve.engine import Engine
 from tests.serve import models
 from tests.waiting import LIMIT, wait_until
@@ -47,6 +53,36 @@ def test_signal_ends_the_server(start, make_model, tmp_path, number, tokens, sec
         0,
         "finishing the requests that are running; press Ctrl-C again to end now\n",
     )
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_output_that_cannot_be_written(loaded, monkeypatch, output):
+    """The log and tracebacks are lost, but neither requests nor connections are."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    if output == "full disk":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
+    engine = Engine(loaded, WorldTokenizer())
+    body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 2, "temperature": 0, "stream": True})
+    answers = []
+    with contextlib.suppress(OSError), open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        with models.serving(engine, Settings()) as url:
+            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=LIMIT)
+            connection.connect()
+            first = connection.sock
+            for fails in (False, True, False):
+                with monkeypatch.context() as failing:
+                    if fails:
+                        failing.setattr(engine, "_run", lambda *arguments: 1 / 0)
+                    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+                    answers.append(connection.getresponse().read().decode())
+            assert connection.sock is first  # one connection for all
+            connection.close()
+    for answer, end in zip(answers, ("[DONE]", "the output of the server has the details", "[DONE]"), strict=True):
+        assert end in answer
 
 
 def test_startup_errors(make_base, tmp_path, root):

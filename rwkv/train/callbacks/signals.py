@@ -37,17 +37,20 @@ class Signals(pl.Callback):
         self.received = 0
         self._unsaved = unsaved
         self._at = 0.0
+        self._trainer: Any = None
         self._module: Any = None
         self._before: dict[int, Any] = {}
+        self._outer: dict[int, Any] = {}
         self._terminals: list[int] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        self._module, self._terminals = module, [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self._trainer, self._module = trainer, module
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self.listen()
 
     def listen(self) -> None:
-        """Handle signals from now on. Called again after a stopped training, whose end restores the
-        default handlers: a duplicate of the signal would end the process before its last messages.
+        """Handle signals from now on. Called again after a stopped training, as another rank may
+        have received the signal.
         """
         if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
             return
@@ -64,10 +67,12 @@ class Signals(pl.Callback):
             self._restore()
             signal.raise_signal(number)
             return
+        # first of all, as the next signal may interrupt any call
+        self.received, self._at, self._module.stop = number, now, True
+        self._keep()
         if number == signal.SIGHUP:  # the terminal is closed: writing to it would fail
             for descriptor in self._terminals:
                 silence(descriptor)
-        self.received, self._at, self._module.stop = number, now, True
         lost = max(1, self._unsaved())
         consequence = f"WITHOUT saving ({lost:,} step{'s' * (lost > 1)} would be lost)"
         if number == signal.SIGINT:
@@ -79,13 +84,34 @@ class Signals(pl.Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        self._restore()
+        if not self.received:
+            self._restore()
+
+    def _keep(self) -> None:
+        """Let Lightning restore this handler, not that from before the training, when the training
+        ends: a duplicate of the signal would end the process before its last messages.
+        """
+        outer = self._trainer._signal_connector._original_handlers
+        for number in self._before:
+            if number in outer:
+                self._outer[number], outer[number] = outer[number], self._handle
+
+    def release(self) -> None:
+        """Restore the handlers from before the training, if a signal was received but did not end
+        it.
+        """
+        for number, handler in self._outer.items():
+            if handler is not None:  # None: not set by Python
+                signal.signal(number, handler)
+        self._outer = {}
 
     def _restore(self) -> None:
         # default handlers, not Lightning's, which delay the signal
         for number in self._before:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        self._before = {}
+        if self._outer:
+            self._trainer._signal_connector._original_handlers.update(self._outer)
+        self._before, self._outer = {}, {}
 
     def exit(self) -> NoReturn:
         """Exit with the status of a process ended by the received signal: 130 for SIGINT, 143 for

@@ -9,9 +9,13 @@ import pty
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from rwkv.config import TrainConfig
+from rwkv.train.callbacks import signals
+from rwkv.train.fit import fit
 from rwkv.train.resume import state_files
 from tests.train.small_runs import wait_for_steps
 from tests.waiting import LIMIT, wait_until
@@ -60,24 +64,96 @@ def test_repeated_signal_saves(start, arguments, tmp_path, numbers):
 
 DUPLICATE_AT_THE_END = """
 import os, runpy, sys
+from rwkv import compat
 from rwkv.train.callbacks import metrics, signals
 signals.DUPLICATE_SECONDS = 1000  # however long saving takes
-metrics.plot = lambda *_: os.kill(os.getpid(), number)  # drawn after the training has ended
+fit = compat.fit
+
+def again(*_):
+    os.kill(os.getpid(), number)
+
+def fit_and_again(*arguments):
+    fit(*arguments)
+    again()
+
 number = int(sys.argv.pop(1))
+if sys.argv.pop(1) == "report":
+    metrics.plot = again  # drawn after the training has ended
+else:
+    compat.fit = fit_and_again
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_duplicate_after_saving_is_ignored(start, arguments, tmp_path, root, number):
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (signal.SIGINT, "report"),
+        (signal.SIGTERM, "report"),
+        (signal.SIGHUP, "report"),
+        (signal.SIGINT, "training's end"),
+        (signal.SIGTERM, "training's end"),
+    ],
+)
+def test_duplicate_after_saving_is_ignored(start, arguments, tmp_path, root, number, when):
     (tmp_path / "program.py").write_text(DUPLICATE_AT_THE_END)
-    process = start(tmp_path / "program.py", int(number), root / "scripts/finetune.py", *arguments)
+    process = start(tmp_path / "program.py", int(number), when, root / "scripts/finetune.py", *arguments)
     wait_for_steps(tmp_path / "run", 3, process)
     process.send_signal(number)
     printed = "".join(process.communicate())
     assert process.returncode == 128 + number, printed
     assert "of 100,000 and saved" in printed
     assert is_saved(tmp_path / "run")
+
+
+def test_signal_in_the_last_step(make_base, make_data, tmp_path, monkeypatch):
+    """The run is complete, and the handlers of the calling program are restored."""
+    write = state_files.write
+
+    def write_after_signal(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(state_files, "write", write_after_signal)
+    before = signal.signal(signal.SIGTERM, own := lambda *_: None)
+    try:
+        flags = FLAGS | {"load_model": str(make_base()), "data_file": str(make_data(300)), "epoch_steps": 2}
+        result = fit(TrainConfig(**flags, proj_dir=str(tmp_path / "run")))
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.steps, result.checkpoint.name) == (2, "rwkv-0.pth")
+
+
+@pytest.fixture
+def listening():
+    """The callback in a training, and the handlers that Lightning would restore."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    outer, callback = dict(before), signals.Signals()
+    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(_original_handlers=outer))
+    callback.on_train_start(trainer, SimpleNamespace(stop=False))
+    yield callback, outer
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_second_signal_restores_handlers(listening, monkeypatch):
+    """After it, Lightning restores the handlers from before the training, as without signals."""
+    callback, outer = listening
+    monkeypatch.setattr(signals, "DUPLICATE_SECONDS", 0)
+    before = dict(outer)
+    signal.raise_signal(signal.SIGINT)
+    assert set(outer.values()) == {callback._handle}
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert outer == before
+
+
+def test_signal_during_the_handler(listening, monkeypatch, capsys):
+    callback, _ = listening
+    monkeypatch.setattr(callback, "_keep", lambda: signal.raise_signal(signal.SIGTERM))
+    signal.raise_signal(signal.SIGTERM)
+    assert capsys.readouterr().out.count("would be lost") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
@@ -173,7 +249,8 @@ from types import SimpleNamespace
 from rwkv.train.callbacks import signals
 clock = SimpleNamespace(now=0.0)
 signals.time = SimpleNamespace(monotonic=lambda: clock.now)
-signals.Signals(lambda: 7).on_train_start(None, SimpleNamespace(stop=False))
+trainer = SimpleNamespace(_signal_connector=SimpleNamespace(_original_handlers={}))
+signals.Signals(lambda: 7).on_train_start(trainer, SimpleNamespace(stop=False))
 number = int(sys.argv[1])
 signal.raise_signal(number)
 clock.now = signals.DUPLICATE_SECONDS - 0.1
