@@ -60,7 +60,7 @@ def dropout_of(*layers: nn.Module) -> list[float]:
 
 
 def _sharded(layer: nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_tensor") for parameter in layer.parameters(recurse=False))
+    return any(native.is_sharded(parameter) for parameter in layer.parameters(recurse=False))
 
 
 def check_heads(width: int, head_size: int) -> None:

@@ -162,6 +162,16 @@ def time_mix_kernels(*tensors: Tensor) -> Any:
     return _kernels(*tensors)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 shards a parameter, and gathers it for its module's passes only."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def until_backward(parameter: Tensor) -> Tensor:
+    """A parameter as a backward pass can read it: a copy if it may not be gathered then."""
+    return parameter.detach().clone() if is_sharded(parameter) else parameter.detach()
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
@@ -192,9 +202,8 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return reference.norm(x, weight, bias, eps, dtype)
     x = x.contiguous()
     y = _Norm.apply(x, weight, bias, eps, dtype)
-    # copy the parameters: under ZeRO-3 they may not be gathered when y is recomputed
-    copies = (t.detach().float().clone() for t in (weight, bias))
-    return recomputed(y, functools.partial(_norm, eps, dtype), x, *copies, several_uses=True)
+    lasting = (until_backward(t).float() for t in (weight, bias))
+    return recomputed(y, functools.partial(_norm, eps, dtype), x, *lasting, several_uses=True)
 
 
 class _Mix(torch.autograd.Function):
