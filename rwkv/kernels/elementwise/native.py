@@ -163,7 +163,7 @@ def time_mix_kernels(*tensors: Tensor) -> Any:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 shards a parameter, and gathers it for its module's passes only."""
+    """Whether ZeRO-3 shards a parameter, and gathers it only for its module's passes."""
     return hasattr(parameter, "ds_tensor")
 
 
