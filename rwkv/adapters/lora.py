@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rwkv.adapters import state
 from rwkv.kernels.elementwise import native
+from rwkv.kernels.elementwise.recompute import recompute_of
 from rwkv.kernels.linear import (
     Matrix,
     Weight,
@@ -139,7 +140,7 @@ class LoRALinear(nn.Module):
         """x [..., in] → [..., out], in the compute dtype."""
         x = x.to(native.compute_dtype(x))
         tensors = x, self.weight, self.lora_A, self.lora_B
-        recompute, dropped = native.recompute_of(x), native.take_dropped(x)
+        recompute, dropped = recompute_of(x), native.take_dropped(x)
         y = _LoRAFunction.apply(*tensors, self.scale, self.input_dropout, recompute, dropped)
         if self.lora_magnitude_vector is None:
             return y

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rwkv import compat
 from rwkv.kernels import bf16_copy
-from rwkv.kernels.elementwise.native import compute_dtype, recompute_of
+from rwkv.kernels.elementwise.native import compute_dtype
+from rwkv.kernels.elementwise.recompute import recompute_of
 from rwkv.kernels.quant import FP8, Quantised
 
 MIN_ONEDNN_MULTIPLICATIONS = 1 << 20  # for smaller matmuls the set-up of oneDNN costs more than it gains
@@ -98,7 +99,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x Wᵀ in x's compute dtype: [..., in] → [..., out].
 
-    Saves the inputs from which x is recomputed (see rwkv.kernels.elementwise.native); nothing if
+    Saves the inputs from which x is recomputed (see rwkv.kernels.elementwise.recompute); nothing if
     the weight is frozen.
     """
     x = x.to(compute_dtype(x))

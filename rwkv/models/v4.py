@@ -22,8 +22,8 @@ bf16, else 4):
 
 WKV also saves its initial state and on a CPU its final state, 12 A bytes per batch row each.
 Outputs of norms, WKV and other elementwise operations are recomputed
-(rwkv.kernels.elementwise.native). With grad_cp a block saves only its input (s·D), and one block at
-a time is recomputed. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss
+(rwkv.kernels.elementwise.recompute). With grad_cp a block saves only its input (s·D), and one block
+at a time is recomputed. Outside the blocks: s·D + 8 for ln_out, e·D for the gradient that head_loss
 computes, and during head_loss the logits of one chunk (head_loss.chunk_tokens).
 """
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native
+from rwkv.kernels.elementwise.recompute import recomputed
 from rwkv.models import layers, parameters
 from rwkv.models.layers import Device, dropout_of, matrix, mixing_weight, repeated
 from rwkv.models.parameters import gain, position
@@ -114,7 +115,7 @@ class TimeMix(nn.Module):
 def _wkv(*inputs: Any) -> tuple[Tensor, Tensor]:
     """As `_wkv4`, but y is recomputed in the backward pass instead of saved."""
     y, state = _wkv4(*inputs)
-    return native.recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs, several_uses=True), state
+    return recomputed(y, lambda *inputs: _wkv4(*inputs)[0], *inputs, several_uses=True), state
 
 
 def _wkv4(

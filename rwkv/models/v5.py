@@ -12,7 +12,7 @@ Activations saved for the backward pass, in bytes per token and block, with e an
                   e·F        input of the squared ReLU
                   e·2D       r, and the value that it gates
 
-All else is recomputed (rwkv.kernels.elementwise.native).
+All else is recomputed (rwkv.kernels.elementwise.recompute).
 """
 
 from collections.abc import Mapping

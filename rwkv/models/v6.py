@@ -16,7 +16,7 @@ Activations saved for the backward pass, in bytes per token and block, with e an
                   e·F        input of the squared ReLU
                   e·2D       r, and the value that it gates
 
-All else is recomputed (rwkv.kernels.elementwise.native).
+All else is recomputed (rwkv.kernels.elementwise.recompute).
 """
 
 import functools
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.kernels.elementwise import native, shift
+from rwkv.kernels.elementwise.recompute import checkpointed
 from rwkv.kernels.elementwise.reference import upcast
 from rwkv.kernels.linear import linear
 from rwkv.models import gated_heads, layers, parameters
@@ -87,7 +88,7 @@ class TimeMix(nn.Module):
         """x [B, T, D], last [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
         heads, mixtures = self.time_faaaa.shape, self._mixtures(x, last, reset)
         decay = torch.tanh(linear(next(mixtures), self.time_decay_w1.t()))  # [B, T, S]
-        w = native.checkpointed(functools.partial(log_decay, heads), self.time_decay, decay, self.time_decay_w2)
+        w = checkpointed(functools.partial(log_decay, heads), self.time_decay, decay, self.time_decay_w2)
         k, v = self.key(next(mixtures)), self.value(next(mixtures))  # [B, T, A]
         r, g = self.receptance(next(mixtures)), self.gate(next(mixtures))
         y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)
@@ -110,7 +111,7 @@ class TimeMix(nn.Module):
             return
         parts = low.view(*low.shape[:2], 5, -1).unbind(2)
         for maa, part, up in zip(weights, parts, self.time_maa_w2, strict=True):
-            yield native.checkpointed(mixed, x, before, maa, part, up)
+            yield checkpointed(mixed, x, before, maa, part, up)
 
 
 def mixed(x: Tensor, before: Tensor, maa: Tensor, low: Tensor, up: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Activations saved for the backward pass, in bytes per token and block, with e an
     channel-mix   s·C + 8    input, ln2's statistics
                   e·F        input of the squared ReLU
 
-All else is recomputed (rwkv.kernels.elementwise.native, rwkv.wkv.wkv7.time_mix).
+All else is recomputed (rwkv.kernels.elementwise.recompute, rwkv.wkv.wkv7.time_mix).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,5 +1,5 @@
-"""native.checkpointed has the values and gradients of autograd, and recomputes results instead of
-saving them.
+"""recompute.checkpointed has the values and gradients of autograd, and recomputes results instead
+of saving them.
 """
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rwkv.kernels.elementwise import native
+from rwkv.kernels.elementwise.recompute import checkpointed
 from rwkv.kernels.linear import linear
 from rwkv.models.layers import Norm
 
@@ -25,7 +25,7 @@ def inputs(scale=True):
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
 def test_gradients_match_autograd(scale, wanted):
     results = []
-    for run in (product, lambda *inputs: native.checkpointed(product, *inputs)):
+    for run in (product, lambda *inputs: checkpointed(product, *inputs)):
         leaves = [
             None if t is None else t.clone().requires_grad_(want) for t, want in zip(inputs(scale), wanted, strict=True)
         ]
@@ -38,7 +38,7 @@ def test_gradients_match_autograd(scale, wanted):
 
 
 def test_no_gradient_wanted():
-    y = native.checkpointed(product, *inputs())
+    y = checkpointed(product, *inputs())
     assert not y.requires_grad
     assert torch.equal(y, product(*inputs()))
 
@@ -54,8 +54,8 @@ def test_only_inputs_are_saved():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        middle = native.checkpointed(product, norm(x), y, s)
-        out = linear(native.checkpointed(F.silu, middle), weight)
+        middle = checkpointed(product, norm(x), y, s)
+        out = linear(checkpointed(F.silu, middle), weight)
     large = {pointer for pointer, t in saved.items() if t.numel() == 15}
     assert large == {x.data_ptr(), y.data_ptr()}
     found = torch.autograd.grad(out.sin().sum(), [x, y, s, weight])

@@ -11,6 +11,7 @@ from fused_cases import FP32, normal
 
 from rwkv.adapters import lora
 from rwkv.kernels.elementwise import native, shift
+from rwkv.kernels.elementwise.recompute import recompute_of
 from rwkv.models import RWKV, layers
 from rwkv.models.version import VERSIONS
 
@@ -25,7 +26,7 @@ def mixed(dtype, length, channels, drops, reset, inside, device="cpu"):
     outputs = native.mix(x.to(device), last.to(device), starts, weights, initial, drops if inside else ())
     found = []
     for y, p in zip(outputs, drops, strict=True):
-        dropped, recompute = native.take_dropped(y), native.recompute_of(y)
+        dropped, recompute = native.take_dropped(y), recompute_of(y)
         assert (dropped is not None) == bool(inside and p)
         assert native.take_dropped(y) is None
         if dropped:
@@ -49,7 +50,7 @@ def shifted(run, dtype, shape, drops, resets, device="cpu"):
     torch.manual_seed(7)
     for y, plain, p in zip(outputs, shift.shift(run, *given), drops, strict=True):
         assert torch.equal(y, plain)
-        dropped, recompute = native.take_dropped(y), native.recompute_of(y)
+        dropped, recompute = native.take_dropped(y), recompute_of(y)
         assert (dropped is not None) == (p > 0)
         if dropped:
             expected = run.dropout(plain.detach(), native.new_seed(y.device), p)

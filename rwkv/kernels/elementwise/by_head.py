@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv.kernels.elementwise import native, reference
+from rwkv.kernels.elementwise.recompute import checkpointed, recomputed
 
 MAX_SIZE = 64  # TIME_MIX_MAX_N in cuda/: the largest head of these kernels
 
@@ -50,8 +51,8 @@ def gated_norm(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) -
     """
     run = kernels(y.shape[-1], y, g)
     if run is None:
-        return native.checkpointed(functools.partial(reference.gated_norm, eps), y, g, weight, bias)
+        return checkpointed(functools.partial(reference.gated_norm, eps), y, g, weight, bias)
     y, g = y.contiguous(), g.contiguous()
     weight, bias = (t.float().contiguous().view(y.shape[2:]) for t in (weight, bias))
     out = _GatedNorm.apply(run, eps, y, g, weight, bias)
-    return native.recomputed(out, functools.partial(_gated_norm, run, eps), y, g, weight, bias)
+    return recomputed(out, functools.partial(_gated_norm, run, eps), y, g, weight, bias)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv.kernels.elementwise import native
+from rwkv.kernels.elementwise.recompute import recompute_of, recomputed
 
 
 def kernels(*tensors: Tensor) -> Any:
@@ -96,7 +97,7 @@ def shift(
     Saves low and the tensors that x is recomputed from.
     """
     mix = torch.cat([weight.reshape(1, -1) for weight in weights]).float()
-    x, low, last, recompute = x.contiguous(), low.contiguous(), last.to(x.dtype).contiguous(), native.recompute_of(x)
+    x, low, last, recompute = x.contiguous(), low.contiguous(), last.to(x.dtype).contiguous(), recompute_of(x)
     # a copy: under ZeRO-3 the parameter may not be gathered in the backward pass
     computed = up.detach().to(low.dtype, copy=True)
     dropping = native.Drops.draw(drops, x.device)
@@ -104,4 +105,4 @@ def shift(
     function = functools.partial(_mixture, run, recompute.function)
     dropping.attach(mixed, lambda i, p: functools.partial(function, i, p))
     saved = last, reset, mix, low, computed, *recompute.inputs
-    return [native.recomputed(y, functools.partial(function, i, 0.0, None), *saved) for i, y in enumerate(mixed)]
+    return [recomputed(y, functools.partial(function, i, 0.0, None), *saved) for i, y in enumerate(mixed)]

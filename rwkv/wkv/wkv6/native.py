@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rwkv.kernels.elementwise.native import recompute_of
+from rwkv.kernels.elementwise.recompute import recompute_of
 from rwkv.wkv import autograd
 from rwkv.wkv.autograd import Kernels, prepared, refuse_second_derivatives
 

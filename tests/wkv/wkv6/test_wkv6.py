@@ -17,7 +17,7 @@ from head_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv.kernels.elementwise import native as elementwise
+from rwkv.kernels.elementwise.recompute import checkpointed
 from rwkv.wkv import wkv6
 
 inputs, cpu, loop, check = inputs6, WKV6.cpu, WKV6.loop, WKV6.check
@@ -90,7 +90,7 @@ def test_recomputed_decay_is_not_saved(recomputed):
     """A decay that carries a Recompute is recomputed in the backward pass."""
     r, w, k, v, u = inputs(1, 70, 2, 16)
     leaf, saved = torch.log(-w).requires_grad_(), []
-    decay = elementwise.checkpointed(negative_exp, leaf) if recomputed else negative_exp(leaf)
+    decay = checkpointed(negative_exp, leaf) if recomputed else negative_exp(leaf)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
         y, _ = cpu(r, decay, k, v, u)
     assert (decay.data_ptr() in saved) != recomputed
