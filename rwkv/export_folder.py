@@ -46,6 +46,13 @@ def existing(output: Path) -> Path:
     return next((output / name for name in names if os.path.lexists(output / name)), output / WEIGHTS)
 
 
+def mark_of(weights: Path) -> Path:
+    """The file that is written last in a folder with these weights: without it no program reads the
+    folder.
+    """
+    return weights.with_name("adapter_config.json" if weights.name.startswith("adapter") else "config.json")
+
+
 def layout_of(kind: str, source: Source) -> str:
     """The layout of a folder: fla or transformers; for `folder` the model's default.
 
@@ -90,11 +97,12 @@ def export_folder(
         texts[INDEX] = _json({"metadata": {"total_size": sum(map(_bytes, tensors.values()))}, "weight_map": places})
     expected = logits_of(source.load(), tokens) if tokens else None
     stale = [name for name in _weights_in(output) if name not in shards and name not in texts]
-    names, made = [*shards, *stale, *texts], not output.exists()
+    mark, made = mark_of(output / WEIGHTS), not output.exists()
+    parts = [name for name in (*shards, *stale, *texts) if name != mark.name]
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic_writes([output / name for name in names]) as temporaries:
-            files = dict(zip(names, temporaries, strict=True))
+        with atomic_writes([output / name for name in parts], [mark]) as temporaries:
+            files = dict(zip((*parts, mark.name), temporaries, strict=True))
             for name, part in shards.items():
                 safetensors_file.save(part, files[name])
             for name, text in texts.items():
@@ -193,7 +201,7 @@ def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, d
     output.mkdir(parents=True, exist_ok=True)
     names = ["adapter_model.safetensors", "adapter_config.json"]
     try:
-        with atomic_writes([output / name for name in names]) as temporaries:
+        with atomic_writes([output / names[0]], [output / names[1]]) as temporaries:
             safetensors_file.save(tensors, temporaries[0])
             temporaries[1].write_text(_json(settings), encoding="utf-8")
             with as_folder(dict(zip(names, temporaries, strict=True))) as folder:

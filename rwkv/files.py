@@ -247,6 +247,11 @@ def stale_temporaries(path: str | os.PathLike) -> list[Path]:
     return found
 
 
+def is_unfinished(path: str | os.PathLike, mark: str | os.PathLike) -> bool:
+    """Whether a process was killed between renaming `path` and its mark (see `atomic_writes`)."""
+    return not os.path.lexists(mark) and bool(stale_temporaries(mark)) and not stale_temporaries(path)
+
+
 def _owner() -> str:
     """Identifies this process in a file name: host, process id and start time, as process ids are
     reused.

@@ -23,6 +23,7 @@ from rwkv.errors import UserError, printable
 
 def main(config: ExportConfig) -> None:
     from rwkv import checkpoint, export, export_folder, merge
+    from rwkv.files import is_unfinished
 
     base = config.model or (str(merge.base_of(config.lora)) if config.lora else "")
     if not base or not config.output:
@@ -44,7 +45,8 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"{output}: a folder; pass a file name")
     if folder and os.path.lexists(output) and not os.path.isdir(output):
         raise UserError(f"{output}: a file or a broken link, but this format is a folder; pass another --output")
-    if os.path.lexists(written) and not config.force:
+    unfinished = is_unfinished(written, export_folder.mark_of(written) if folder else checkpoint.manifest_path(output))
+    if os.path.lexists(written) and not (config.force or unfinished):
         raise UserError(f"{written} already exists; pass --force to replace it, or choose another --output")
     if kind == "peft":
         if config.state:

@@ -57,6 +57,7 @@ def main(config: MergeConfig) -> None:
     import torch
 
     from rwkv import checkpoint
+    from rwkv.files import is_unfinished
     from rwkv.merge import merge
 
     if not config.adapter or not config.output:
@@ -66,7 +67,8 @@ def main(config: MergeConfig) -> None:
             f"--check_tokens {config.check_tokens}: must be from 0 (no check) to {checkpoint.MAX_CHECKED:,}"
         )
     checkpoint.check_output(config.output)
-    if os.path.lexists(config.output) and not config.force:
+    unfinished = is_unfinished(config.output, checkpoint.manifest_path(config.output))
+    if os.path.lexists(config.output) and not (config.force or unfinished):
         raise UserError(f"{config.output} already exists; pass --force to replace it, or choose another --output")
     adapters = [path.strip() for path in config.adapter.split(",") if path.strip()]
     if os.path.exists(config.adapter):  # a file name that contains a comma

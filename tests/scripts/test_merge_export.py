@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,50 @@ def test_export_with_misleading_suffix(tuned, tmp_path, name):
     ):
         main("export")(ExportConfig(model=str(base), output=str(tmp_path / name)))
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "output", "mark"),
+    [
+        ("merge_lora", "m.pth", "m.pth.json"),
+        ("export", "m.safetensors", "m.safetensors.json"),
+        ("export", "hf", "hf/config.json"),
+    ],
+)
+def test_rerun_after_a_kill_between_renames(tuned, make_model, tmp_path, monkeypatch, job, output, mark):
+    """Without --force, although the output exists: its mark is missing."""
+    if output == "hf":
+        (tmp_path / output).mkdir()  # otherwise the failed export removes it
+        save_model(tmp_path / "large.pth", make_model(version="7", n_embd=64, head_size=64), {})
+        config = ExportConfig(model=str(tmp_path / "large.pth"), output=str(tmp_path / output))
+    else:
+        base, adapter = tuned()
+        files = {"adapter": str(adapter)} if job == "merge_lora" else {"model": str(base)}
+        config = (MergeConfig if job == "merge_lora" else ExportConfig)(**files, output=str(tmp_path / output))
+    replace, unlink, killed = os.replace, Path.unlink, tmp_path / mark
+
+    class Killed(BaseException):
+        pass
+
+    def replace_until_mark(source, target):
+        if Path(target) == killed:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_mark)
+        patch.setattr(
+            Path, "unlink", lambda path, **options: None if path.suffix == ".tmp" else unlink(path, **options)
+        )
+        with pytest.raises(Killed):
+            main(job)(config)
+    assert not killed.exists()
+    assert list(killed.parent.glob(f".{killed.name}.*.tmp"))
+    main(job)(config)
+    assert killed.exists()
+    assert not list(killed.parent.glob(".*"))
+    with pytest.raises(UserError, match="already exists; pass --force"):
+        main(job)(config)
 
 
 @pytest.mark.parametrize("name", ["file", "dangling"])
