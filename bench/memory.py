@@ -28,6 +28,7 @@ from rwkv.config import DPOConfig, TrainConfig
 from rwkv.kernels import bf16_copy, quant
 from rwkv.kernels.linear import Matrix
 from rwkv.memory import estimate, machine
+from rwkv.memory.parts import matrices
 from rwkv.memory.plan import Plan
 from rwkv.models import RWKV
 from rwkv.models.version import named, published
@@ -86,12 +87,18 @@ class Step:
     def __init__(self, p: Plan):
         self.precision = p.precision
         self.model = model = RWKV(p.sizes, p.grad_cp, device="meta")
-        # one at a time, directly in its final dtype, as in checkpoint.load_model
+        # one at a time, directly in its final dtype, as in checkpoint.load_model, where matrices to
+        # quantise are in a mapped file: their memory would leave holes in the heap
+        largest = max(shape.numel() for shape in matrices(p.sizes).values()) if p.quantised else 0
+        mapped = torch.empty(largest, dtype=DTYPES[p.precision])
         for name, parameter in list(model.named_parameters()):
             narrow = (p.lora or p.optimizer == "adamw8bit") and lora.is_matrix(name, parameter.shape)
             dtype = DTYPES[p.precision] if narrow else torch.float32
-            value = torch.empty(parameter.shape, dtype=dtype).normal_(0, parameter.shape[-1] ** -0.5)
-            if p.quantised and lora.is_quantisable(name, value.shape):
+            quantised = p.quantised and lora.is_quantisable(name, parameter.shape)
+            shape = parameter.shape
+            value = mapped[: shape.numel()].view(shape) if quantised else torch.empty(shape, dtype=dtype)
+            value.normal_(0, shape[-1] ** -0.5)
+            if quantised:
                 model.get_submodule(name.removesuffix(".weight")).set_quantised(quant.KINDS[p.quantised](value))
             else:
                 model.set_parameter(name, value)
