@@ -116,7 +116,9 @@ class Archive:
         at = self.size - 22
         end = self._at(at, 22)
         if not end.startswith(_END):
-            raise FileFormatError("it is truncated: the directory that ends a zip archive is missing")
+            raise FileFormatError(
+                "it is truncated, or followed by other bytes: it does not end with the directory of a zip archive"
+            )
         disk, first, here, count, size, begin, comment = struct.unpack("<4H2IH", end[4:])
         if disk or first or here != count or comment:
             raise FileFormatError("a zip archive in several parts or with a comment, which torch.save does not write")

@@ -152,6 +152,8 @@ def _explain_truncation(file: BinaryIO, error: FileFormatError) -> FileFormatErr
     except FileFormatError:
         return error
     needed = sum(spec.nbytes for spec in {spec.key: spec for spec in reader.storages}.values())
+    if size >= needed:
+        return error
     return FileFormatError(
         f"it is truncated: it has {size:,} bytes, but its tensors alone need {needed:,}. Download or copy it again"
     )

@@ -263,6 +263,8 @@ def test_truncated_file_message():
     torch.save({"a": torch.zeros(1000)}, "x.pth")
     data = Path("x.pth").read_bytes()
     assert "it has 3,000 bytes, but its tensors alone need 4,000" in assert_rejected(written(data[:3000]))
+    assert "it is truncated, or followed by other bytes" in assert_rejected(written(data[:-10]))
+    assert "it is truncated, or followed by other bytes" in assert_rejected(written(data + bytes(70_000)))
     torch.save({"a": torch.zeros(1000)}, "x.pth", _use_new_zipfile_serialization=False)
     data = Path("x.pth").read_bytes()
     assert f"it has 3,000 bytes of {len(data):,}" in assert_rejected(written(data[:3000]))
