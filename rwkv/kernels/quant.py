@@ -28,7 +28,7 @@ from rwkv import compat
 from rwkv.kernels import gpu, load
 
 BLOCK, GROUP = 64, 256
-_CHUNK = 1 << 20  # elements quantised at a time; a multiple of BLOCK
+_CHUNK = 1 << 16  # elements quantised at a time, a multiple of BLOCK; larger ones leave holes in the heap
 _TINY = 2.0**-126  # instead of an absmax of 0; a smaller one is 0 while training flushes denormals
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

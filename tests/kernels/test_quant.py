@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -288,3 +291,32 @@ def test_fp8_without_float8(monkeypatch):
     monkeypatch.setattr(compat, "float8", lambda: None)
     with pytest.raises(RuntimeError, match="needs torch 2"):
         FP8(torch.zeros(16, 16))
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from rwkv.kernels import quant
+from rwkv.train.runtime import cpu
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+cpu.prepare()
+large = torch.randn(2048, 1024).bfloat16()
+small, before = large[:1024], resident()
+made = [quant.KINDS[sys.argv[1]](matrix) for _ in range(15) for matrix in (small, small, small, large, small, large)]
+print((resident() - before) / sum(matrix.nbytes for matrix in made))
+"""
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantising_leaves_no_holes_in_the_heap(kind, root):
+    """Of a process that keeps freed memory, as training does. With parts of 4 MB instead of 256 KB
+    int8 took 1.05 to 1.5 times its size, and a model of 0.4b up to 3 times.
+    """
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # threads have heaps of their own
+    command = [sys.executable, "-c", MEASURE, kind]
+    found = subprocess.run(command, cwd=root, env=one_thread, capture_output=True, text=True, check=True)
+    assert 0.8 < float(found.stdout) < 1.03  # 0.91 to 0.95 measured: some memory was free before
