@@ -204,13 +204,14 @@ template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X x_io
   const Rows rows = rows_of_block(q);
   typename X::Raw next_x = {};
   typename Y::Raw next_gy = {};
-  const auto read_ahead = [&](int n) {
+  const auto read_ahead = [&](int n) {  // of row n
     if (mine >= D || n >= rows.count) return;
     const long long at = (rows.first + n) * D + mine;
     next_x = x_io.raw(q.x, at);
     next_gy = y_io.raw(q.gy, at);
   };
-  read_ahead(0);
+  constexpr bool ahead = sizeof next_x + sizeof next_gy < 64;  // for both in fp32 registers do not suffice
+  if (ahead) read_ahead(0);
 #pragma unroll 1
   for (int n = 0; n < rows.count; n++) {
     const long long row = rows.first + n, at = row * D;
@@ -222,10 +223,11 @@ template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X x_io
       EACH gy.x[i] *= w.x[i];
       return Both{x, gy};
     };
+    if (!ahead) read_ahead(n);
     const auto read = [&](int c) { return both(x_io.get(q.x, at + c), y_io.get(q.gy, at + c), c); };
     Both cached = {};
     if (mine < D) cached = both(x_io.of_raw(next_x), y_io.of_raw(next_gy), mine);
-    read_ahead(n + 1);
+    if (ahead) read_ahead(n + 1);
     float sum = 0, product = 0;
 #pragma unroll 1
     for (int c = mine; c < D; c += step) {
