@@ -223,10 +223,9 @@ template <class X, class Y> WKV_FN void norm_gradient(const FusedNorm& q, X x_io
       EACH gy.x[i] *= w.x[i];
       return Both{x, gy};
     };
-    if (!ahead) read_ahead(n);
     const auto read = [&](int c) { return both(x_io.get(q.x, at + c), y_io.get(q.gy, at + c), c); };
     Both cached = {};
-    if (mine < D) cached = both(x_io.of_raw(next_x), y_io.of_raw(next_gy), mine);
+    if (mine < D) cached = ahead ? both(x_io.of_raw(next_x), y_io.of_raw(next_gy), mine) : read(mine);
     if (ahead) read_ahead(n + 1);
     float sum = 0, product = 0;
 #pragma unroll 1
