@@ -73,10 +73,10 @@ def set_clip(optimizer: Any, limit: float) -> torch.Tensor:
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm over all gradients, a scalar; 0 for an empty list. As clip_grad_norm_ of torch 1.13.1
-    (that of torch 2 launches fewer kernels on GPUs).
+    """L2 norm over all gradients, a scalar; 0 for an empty list. That of clip_grad_norm_ in torch
+    1.13.1, which launches a kernel per gradient on GPUs.
     """
-    return torch.norm(torch.stack([torch.norm(g) for g in gradients])) if gradients else torch.tensor(0.0)
+    return torch.norm(torch.stack(torch._foreach_norm(gradients))) if gradients else torch.tensor(0.0)
 
 
 class _FusedAdam(torch.optim.Adam):
