@@ -99,6 +99,7 @@ def _fp16() -> None:
     """
     module, tensor = torch, Tensor
     module.mm, module.relu = _widened(torch.mm), _widened(torch.relu)  # type: ignore[assignment]
+    module.addmm = _widened(torch.addmm)  # type: ignore[assignment]
     tensor.__matmul__, tensor.addmm_ = _widened(Tensor.__matmul__), _widened(Tensor.addmm_)  # type: ignore[assignment]
 
 
