@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from rwkv import files
+from rwkv import locks
 from rwkv.data.binidx import DTYPES, HEADER, MAGIC, MANIFEST, mask_path
 from rwkv.errors import UserError
 from rwkv.files import atomic_writes, stale_temporaries
@@ -140,7 +140,7 @@ def exclusive(output_prefix: str | Path, prefixes: Sequence[str | Path]) -> Iter
     with contextlib.ExitStack() as stack:
         for prefix in dict.fromkeys(map(Path, [output_prefix, *prefixes])):
             stack.enter_context(
-                files.exclusive(prefix.with_name(f".{prefix.name}.lock"), prefix, "choose another --output-prefix")
+                locks.exclusive(prefix.with_name(f".{prefix.name}.lock"), prefix, "choose another --output-prefix")
             )
         yield
 

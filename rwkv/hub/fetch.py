@@ -9,8 +9,9 @@ from typing import Any
 from rwkv import checkpoint
 from rwkv.config import FetchConfig
 from rwkv.errors import UserError, printable
-from rwkv.files import exclusive, sha256, write_json
+from rwkv.files import sha256, write_json
 from rwkv.hub import known, remote
+from rwkv.locks import exclusive
 from rwkv.models.version import version_of
 from rwkv.weights import manifest
 

@@ -12,7 +12,7 @@ import torch
 
 from rwkv.config import TrainConfig
 from rwkv.errors import UserError
-from rwkv.files import exclusive
+from rwkv.locks import exclusive
 from rwkv.models import RWKV
 from rwkv.train import data_source, setup
 from rwkv.train import folder as folders
