@@ -2,6 +2,7 @@
 // ADAMW_WIDTH neighbouring ones per thread, and shares their absmax by shuffles. The tables of
 // levels are in shared memory, loaded once for all blocks of a thread block.
 #include "common/device.h"
+#include "elementwise/vectors.h"
 #include "optimizer/adamw_args.h"
 
 namespace optimizer {

@@ -2,6 +2,7 @@
 // QUANT_WIDTH neighbouring elements, 16 bytes per access; the last one may write fewer. The tables
 // are in global memory: the 16 levels of NF4 are in one or two cache lines.
 #include "common/device.h"
+#include "elementwise/vectors.h"
 #include "quant/quant_args.h"
 
 namespace quant {
