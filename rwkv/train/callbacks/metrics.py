@@ -19,7 +19,7 @@ from rwkv.train.callbacks.curve import Curve
 from rwkv.train.callbacks.memory import MemoryMonitor
 from rwkv.train.callbacks.nonfinite import NonFiniteGuard
 from rwkv.train.callbacks.plot import plot
-from rwkv.train.callbacks.progress import Progress
+from rwkv.train.callbacks.progress import Progress, Speed
 from rwkv.train.console import say
 from rwkv.train.loop import schedule
 from rwkv.train.loop.module import TrainingModule
@@ -83,6 +83,7 @@ class Metrics(pl.Callback):
         validation: ValidationSamples | None = None,
     ):
         self._monitor = monitor
+        self._speed = Speed()
         self.config, self._folder, self._validation = config, tracked, validation
         self.curve = Curve()
         self.validated, self.val_loss = -1, math.nan
@@ -206,7 +207,7 @@ class Metrics(pl.Callback):
         return schedule.ends_epoch(self.config, step) or (every > 0 and step % every == 0)
 
     def _report(self, line: dict[str, Any]) -> None:
-        step, speed = line["step"], line["tokens_per_s"]
+        step, speed = line["step"], self._speed.add(line["tokens_per_s"])
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
         }

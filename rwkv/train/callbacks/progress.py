@@ -18,6 +18,20 @@ _MEASURED = (10, 3)  # seconds and steps before the remaining time is estimated,
 _WINDOW = 50  # steps of the running mean
 
 
+class Speed:
+    """The mean speed of the last steps. (That of one step would mislead: the longer a step takes,
+    the likelier a line per minute falls into it.)
+    """
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_WINDOW)  # per token
+
+    def add(self, tokens_per_s: float) -> float:
+        """Add a step, whose speed is rounded to 0.1; returns the mean."""
+        self._seconds.append(1 / max(tokens_per_s, 0.05))
+        return len(self._seconds) / sum(self._seconds)
+
+
 class Progress:
     """Progress of a run.
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rwkv.train.callbacks import progress
-from rwkv.train.callbacks.progress import Progress
+from rwkv.train.callbacks.progress import Progress, Speed
 from rwkv.train.console import duration
 
 
@@ -47,6 +47,16 @@ def test_log_line_per_minute(clock, monkeypatch):
     assert all(119 <= b - a <= 121 for a, b in itertools.pairwise(logged[1:-1]))  # 120 steps per minute
     assert "about 8 min left" in lines[1]
     assert "(100%): loss 2.000, val 2.345, 1,234 tokens/s" in lines[-1]
+
+
+def test_speed_is_that_of_the_last_fifty_steps():
+    speed = Speed()
+    assert speed.add(100) == pytest.approx(100)
+    assert speed.add(300) == pytest.approx(150)  # two steps of the same tokens: 1/100 and 1/300 s per token
+    for _ in range(50):
+        last = speed.add(200)
+    assert last == pytest.approx(200)
+    assert 0 < speed.add(0.0) < 3  # a process that was stopped for an hour
 
 
 def test_running_mean_ignores_nan(clock, monkeypatch):
