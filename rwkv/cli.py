@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from rwkv import arguments
 from rwkv.errors import UserError, printable
+from rwkv.streams import silence
 
 Config = TypeVar("Config")
 ESSENTIAL = (
@@ -73,7 +74,7 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has exited, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         _exit(format_os_error(error))

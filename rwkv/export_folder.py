@@ -201,7 +201,7 @@ def export_adapter(adapter: str, base: str, output: Path, alpha: float | None, d
     output.mkdir(parents=True, exist_ok=True)
     names = ["adapter_model.safetensors", "adapter_config.json"]
     try:
-        with atomic_writes([output / names[0]], [output / names[1]]) as temporaries:
+        with atomic_writes([output / names[0]], [mark_of(output / names[0])]) as temporaries:
             safetensors_file.save(tensors, temporaries[0])
             temporaries[1].write_text(_json(settings), encoding="utf-8")
             with as_folder(dict(zip(names, temporaries, strict=True))) as folder:

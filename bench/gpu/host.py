@@ -18,8 +18,10 @@ shift; tests/wkv/wkv7/test_cuda_time_mix.py and tests/kernels/test_cuda_*.py cou
 
 import argparse
 import collections
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,11 +33,11 @@ from rwkv.kernels.head_loss import head_loss
 from rwkv.models import RWKV
 from rwkv.models.version import named
 
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "wkv"))
+from launches import ALLOCATIONS, NO_KERNEL
+
 FEW, MANY = 4, 12  # layers
 TOKENS, WIDTH, VOCAB = 32, 64, 64
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
-VIEWS = {"view", "_unsafe_view", "detach", "alias", "unbind", "select", "unsqueeze", "transpose", "t", "slice", "expand", "squeeze",
-         "as_strided", "_reshape_alias", "is_same_size", "split", "permute", "lift_fresh"}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -66,7 +68,7 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = str(function).split(".")[1]
-        if name not in ALLOCATIONS | VIEWS:
+        if name not in NO_KERNEL:
             self.found["kernels"] += 1
             self.found["casts"] += name == "_to_copy" and result.dtype != args[0].dtype
             self.found["casts"] += name == "copy_" and args[0].dtype != args[1].dtype

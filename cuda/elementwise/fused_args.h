@@ -3,7 +3,7 @@
 #pragma once
 
 #define FUSED_THREADS 128       // per block
-#define FUSED_ROW_THREADS 1024  // at most, in kernels with one block per row: a multiple of 32
+#define FUSED_ROW_THREADS 1024  // at most, in kernels with a block as wide as a row: a multiple of 32
 #define FUSED_LOSS_THREADS 512  // at most, for a row of logits: two blocks per SM, one of which reads while the other computes
 #define FUSED_WIDTH 8           // elements per access of a GPU thread
 

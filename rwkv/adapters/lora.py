@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rwkv.adapters import state
 from rwkv.kernels.elementwise import native
 from rwkv.kernels.elementwise.recompute import recompute_of
+from rwkv.kernels.elementwise.seeds import new_seed
 from rwkv.kernels.linear import (
     Matrix,
     Weight,
@@ -75,7 +76,7 @@ class _LoRAFunction(torch.autograd.Function):
     def forward(ctx, x, weight, a, b, scale, dropout, recompute, dropped):
         flat, dtype = rows(x), x.dtype
         ctx.scale, ctx.dropout, ctx.recompute = scale, dropout, recompute.function
-        ctx.seed = dropped.seed if dropped else native.new_seed(x.device) if dropout else None
+        ctx.seed = dropped.seed if dropped else new_seed(x.device) if dropout else None
         ctx.recompute_dropped = dropped.recompute if dropped else None
         ctx.quantised = quantised(weight)
         y = linear_forward(flat, weight)

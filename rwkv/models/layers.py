@@ -53,8 +53,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def dropout_of(*layers: nn.Module) -> list[float]:
     """The probability of dropout of each layer's input in its adapter, 0 without one; for
-    native.mix, in the order in which the layers are called. Under ZeRO-3 0: its hooks pass a layer
-    another tensor, which has lost what `mix` computed with it.
+    native.mix and shift.shift, in the order in which the layers are called. Under ZeRO-3 0: its
+    hooks pass a layer another tensor, which has lost what the token shift computed with it.
     """
     return [0.0 if _sharded(layer) else getattr(layer, "input_dropout", 0.0) for layer in layers]
 

@@ -101,8 +101,7 @@ class TimeMix(nn.Module):
         """x [B, T, D], shift [B, D], state [B, 3, A], reset [B, T] → y [B, T, D], state."""
         weights = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
         drops = dropout_of(self.key, self.value, self.receptance)
-        empty = None if reset is None else torch.zeros_like(shift)  # read only at a document start
-        xk, xv, xr = native.mix(x, shift, reset, weights, empty, drops)
+        xk, xv, xr = native.mix(x, shift, reset, weights, drops=drops)
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         initial = None
         if reset is not None and self.time_state is not None:
@@ -138,8 +137,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
         weights, drops = [self.time_mix_k, self.time_mix_r], dropout_of(self.key, self.receptance)
-        empty = None if reset is None else torch.zeros_like(shift)
-        xk, xr = native.mix(x, shift, reset, weights, empty, drops)
+        xk, xr = native.mix(x, shift, reset, weights, drops=drops)
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

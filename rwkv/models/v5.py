@@ -65,10 +65,9 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], shift [B, D], state [B, H, N, N], reset [B, T] → y [B, T, D], state."""
-        empty = torch.zeros_like(shift)
         k_drop, v_drop, r_drop, g_drop = dropout_of(self.key, self.value, self.receptance, self.gate)
-        xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], empty, [k_drop, v_drop])
-        xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], empty, [r_drop, g_drop])
+        xk, xv = native.mix(x, shift, reset, [self.time_mix_k, self.time_mix_v], drops=[k_drop, v_drop])
+        xr, xg = native.mix(x, shift, reset, [self.time_mix_r, self.time_mix_g], drops=[r_drop, g_drop])
         k, v, r, g = self.key(xk), self.value(xv), self.receptance(xr), self.gate(xg)  # [B, T, A]
         w = -torch.exp(upcast(self.time_decay))  # in fp32: bf16 would round exp(−exp(w)) to 1
         y, state = gated_wkv(r, w, k, v, g, self.time_faaaa, self.ln_x(), state, reset, self.time_state)

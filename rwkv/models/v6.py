@@ -96,12 +96,12 @@ class TimeMix(nn.Module):
 
     def _mixtures(self, x: Tensor, last: Tensor, reset: Tensor | None) -> Iterator[Tensor]:
         """The mixtures of a token and its predecessor for w, k, v, r, g, [B, T, D]."""
-        empty, weight = torch.zeros_like(last), 1 - self.time_maa_x
+        weight = 1 - self.time_maa_x
         weights = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         if run := shift.kernels(x):  # without `before`
-            (xx,) = native.mix(x, last, reset, [weight], initial=empty)
+            (xx,) = native.mix(x, last, reset, [weight])
         else:
-            before, xx = native.mix(x, last, reset, [torch.zeros_like(weight), weight], initial=empty)
+            before, xx = native.mix(x, last, reset, [torch.zeros_like(weight), weight])
         low = torch.tanh(linear(xx, self.time_maa_w1.t()))  # [B, T, 5 R]
         if run:
             drops = [0.0, *dropout_of(self.key, self.value, self.receptance, self.gate)]
@@ -142,7 +142,7 @@ class ChannelMix(nn.Module):
         """x [B, T, D], shift [B, D], reset [B, T] → y [B, T, D]."""
         weights = [1 - self.time_maa_k, 1 - self.time_maa_r]
         drops = dropout_of(self.key, self.receptance)
-        xk, xr = native.mix(x, shift, reset, weights, torch.zeros_like(shift), drops)
+        xk, xr = native.mix(x, shift, reset, weights, drops=drops)
         k, r = self.key(xk), self.receptance(xr)  # [B, T, F], [B, T, D]
         return native.gate(r, self.value(native.relu2(k)))
 

@@ -175,11 +175,10 @@ class TimeMix(nn.Module):
 
     def _project(self, x: Tensor, shift: Tensor, later: bool, reset: Tensor | None) -> Projections:
         """The outputs of the linear layers; `later`: not in block 0."""
-        empty = None if reset is None else torch.zeros_like(shift)  # read only at a document start
         r_drop, k_drop, v_drop = dropout_of(self.receptance, self.key, self.value)
         first, second = [1 - self.x_r, 1 - self.x_w, 1 - self.x_k], [1 - self.x_v, 1 - self.x_a, 1 - self.x_g]
-        xr, xw, xk = native.mix(x, shift, reset, first, empty, [r_drop, 0, k_drop])
-        xv, xa, xg = native.mix(x, shift, reset, second, empty, [v_drop, 0, 0])
+        xr, xw, xk = native.mix(x, shift, reset, first, drops=[r_drop, 0, k_drop])
+        xv, xa, xg = native.mix(x, shift, reset, second, drops=[v_drop, 0, 0])
         return Projections(
             r=self.receptance(xr),
             g=_low_rank(xg, self.g1, self.g2, torch.sigmoid),
@@ -208,8 +207,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, T, C], shift [B, C], reset [B, T] → y [B, T, C]."""
-        empty = None if reset is None else torch.zeros_like(shift)
-        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], empty, dropout_of(self.key))
+        (xk,) = native.mix(x, shift, reset, [1 - self.x_k], drops=dropout_of(self.key))
         return self.value(native.relu2(self.key(xk)))
 
 

@@ -1,10 +1,11 @@
 """The server's output. Errors of writing it are ignored: they are no reason to fail requests."""
 
 import contextlib
-import os
 import sys
 import traceback
 from typing import TextIO
+
+from rwkv.streams import silence
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -15,10 +16,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # also for what is buffered, which Python writes again at exit
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
+        with contextlib.suppress(OSError, ValueError):  # it may have no descriptor
+            silence(stream.fileno())
     except OSError:
         pass
 

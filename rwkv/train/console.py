@@ -3,13 +3,13 @@ pipe is not an error.
 """
 
 import contextlib
-import os
 import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from rwkv.errors import printable
+from rwkv.streams import silence
 from rwkv.train.runtime.lightning import rank_zero_only
 
 
@@ -41,14 +41,6 @@ class BestEffortStream:
             yield
         except OSError:
             silence(self._file.fileno())
-
-
-def silence(descriptor: int) -> None:
-    """Redirect a file descriptor to /dev/null."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, descriptor)
-        os.close(null)
 
 
 @rank_zero_only

@@ -20,22 +20,22 @@ _MAGIC = (
     (b"lmgg", "a GGML file, which is made for inference. Use the .pth that it was converted from"),
     (b"tjgg", "a GGML file (GGJT), which is made for inference. Use the .pth that it was converted from"),
     (b"algg", "a LoRA adapter of llama.cpp (GGLA). Use the adapter that it was converted from"),
-    (b"\x93NUMPY", "a numpy array, not a checkpoint"),
+    (b"\x93NUMPY", f"a numpy array, not a checkpoint. {_USE}"),
     (b"\x1f\x8b", "compressed with gzip. Unpack it with gunzip first"),
     (b"BZh", "compressed with bzip2. Unpack it with bunzip2 first"),
     (b"\xfd7zXZ\0", "compressed with xz. Unpack it with unxz first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd. Unpack it with unzstd first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive. Unpack it first"),
     (b"Rar!", "a RAR archive. Unpack it first"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras or TensorFlow), not an RWKV checkpoint"),
-    (b"PAR1", "a parquet file: data, not a model"),
-    (b"ARROW1", "an Arrow file: data, not a model"),
-    (b"MMIDIDX", "the index of a binidx: data, not a model"),
-    (b"SQLite format 3", "a database, not a model"),
-    (b"\x7fELF", "a program or library, not a model"),
-    (b"%PDF", "a PDF document, not a model"),
-    (b"\x89PNG", "an image, not a model"),
-    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras or TensorFlow), not an RWKV checkpoint. {_USE}"),
+    (b"PAR1", f"a parquet file: data, not a model. {_USE}"),
+    (b"ARROW1", f"an Arrow file: data, not a model. {_USE}"),
+    (b"MMIDIDX", f"the index of a binidx: data, not a model. {_USE}"),
+    (b"SQLite format 3", f"a database, not a model. {_USE}"),
+    (b"\x7fELF", f"a program or library, not a model. {_USE}"),
+    (b"%PDF", f"a PDF document, not a model. {_USE}"),
+    (b"\x89PNG", f"an image, not a model. {_USE}"),
+    (b"PK\x05\x06", f"an empty zip archive. {_USE}"),
 )
 _PICKLED = (  # patterns of the first forbidden name in a pickle, and what such files are
     (r"deepspeed\.|.*ZeroStage|.*fp32_groups", "a DeepSpeed training state. Convert the folder with the zero_to_fp32.py in it, and use its output"),
@@ -58,7 +58,7 @@ def describe_file(file: BinaryIO) -> str:
     if not size:
         return f"empty. {_AGAIN}"
     if found := next((text for magic, text in _MAGIC if head.startswith(magic)), None):
-        return found if ". " in found else f"{found}. {_USE}"
+        return found
     if head[257:262] == b"ustar":
         return "a tar archive. Unpack it first, and use the checkpoint in it; the tar format of torch before 0.1.10 is not supported"
     if not head.strip(b"\0"):

@@ -12,6 +12,7 @@ from fused_cases import FP32, normal
 from rwkv.adapters import lora
 from rwkv.kernels.elementwise import native, shift
 from rwkv.kernels.elementwise.recompute import recompute_of
+from rwkv.kernels.elementwise.seeds import new_seed
 from rwkv.models import RWKV, layers
 from rwkv.models.version import VERSIONS
 
@@ -33,7 +34,7 @@ def mixed(dtype, length, channels, drops, reset, inside, device="cpu"):
             again = dropped.recompute(dropped.seed, *recompute.inputs)
             found += [dropped.value.cpu(), again.cpu()]
         elif p:
-            found += 2 * [native.dropout(y, native.new_seed(y.device), p).cpu()]
+            found += 2 * [native.dropout(y, new_seed(y.device), p).cpu()]
         found.append(y.detach().cpu())
     return found
 
@@ -53,7 +54,7 @@ def shifted(run, dtype, shape, drops, resets, device="cpu"):
         dropped, recompute = native.take_dropped(y), recompute_of(y)
         assert (dropped is not None) == (p > 0)
         if dropped:
-            expected = run.dropout(plain.detach(), native.new_seed(y.device), p)
+            expected = run.dropout(plain.detach(), new_seed(y.device), p)
             found.append((dropped.value, dropped.recompute(dropped.seed, *recompute.inputs), expected))
     return found
 

@@ -2,9 +2,10 @@
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NO_KERNEL = {"view", "_unsafe_view", "detach", "alias", "unbind", "select", "unsqueeze", "transpose", "t", "slice", "expand",
-             "squeeze", "as_strided", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "is_same_size",
-             "split", "permute"}  # fmt: skip
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
+VIEWS = {"view", "_unsafe_view", "detach", "alias", "unbind", "select", "unsqueeze", "transpose", "t", "slice", "expand", "squeeze",
+         "as_strided", "_reshape_alias", "is_same_size", "split", "permute", "lift_fresh"}  # fmt: skip
+NO_KERNEL = ALLOCATIONS | VIEWS
 
 
 class Launches(TorchDispatchMode):

@@ -192,7 +192,7 @@ def mix(
         last: [B, D], the token before the first.
         reset: [B, T] bool, True where a document starts; None: nowhere.
         weights: up to three, with D elements each.
-        initial: [B, D], the token before a document start; None: `last`.
+        initial: [B, D], the token before a document start; None: zeros.
         drops: probabilities with which dropout of each output is needed too. On GPUs it is computed
             in the same pass, with a new seed for each that is not 0, in this order (take_dropped).
 
@@ -200,7 +200,9 @@ def mix(
     """
     stacked = torch.cat([m.reshape(1, -1) for m in weights])
     last = last.to(x.dtype).contiguous()
-    initial = last if initial is None else initial.to(x.dtype).contiguous()
+    if initial is None:  # read only at a document start
+        initial = last if reset is None else torch.zeros_like(last)
+    initial = initial.to(x.dtype).contiguous()
     kernels = _kernels(x)
     if kernels is None:
         return reference.mix(x, last, initial, reset, stacked)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-from rwkv.train.console import say, silence
+from rwkv.streams import silence
+from rwkv.train.console import say
 from rwkv.train.loop.module import TrainingModule
 from rwkv.train.runtime.lightning import pl
 
@@ -39,7 +40,7 @@ class Signals(pl.Callback):
         self._at = 0.0
         self._trainer: Any = None
         self._module: Any = None
-        self._before: dict[int, Any] = {}
+        self._handled: list[int] = []
         self._outer: dict[int, Any] = {}
         self._terminals: list[int] = []
 
@@ -54,10 +55,12 @@ class Signals(pl.Callback):
         """
         if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
             return
+        self._handled = []
         for number in SIGNALS:
             if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # e.g. by nohup
                 continue
-            self._before[number] = signal.signal(number, self._handle)
+            signal.signal(number, self._handle)
+            self._handled.append(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -92,7 +95,7 @@ class Signals(pl.Callback):
         ends: a duplicate of the signal would end the process before its last messages.
         """
         outer = self._trainer._signal_connector._original_handlers
-        for number in self._before:
+        for number in self._handled:
             if number in outer:
                 self._outer[number], outer[number] = outer[number], self._handle
 
@@ -107,11 +110,11 @@ class Signals(pl.Callback):
 
     def _restore(self) -> None:
         # default handlers, not Lightning's, which delay the signal
-        for number in self._before:
+        for number in self._handled:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if self._outer:
             self._trainer._signal_connector._original_handlers.update(self._outer)
-        self._before, self._outer = {}, {}
+        self._handled, self._outer = [], {}
 
     def exit(self) -> NoReturn:
         """Exit with the status of a process ended by the received signal: 130 for SIGINT, 143 for
@@ -120,8 +123,7 @@ class Signals(pl.Callback):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS[1:]:  # ignore late duplicates
                 signal.signal(number, signal.SIG_IGN)
-            if signal.SIGINT in self._before:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C may interrupt the exit
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + (self.received or signal.SIGTERM))

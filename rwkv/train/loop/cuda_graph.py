@@ -61,6 +61,7 @@ class GraphedBlocks:
         self._model = model
         self._shape: torch.Size | None = None
         self._blocks: _Blocks | None = None  # None also if the kernels are not compiled: no graph then
+        self._copied: list[nn.Parameter] = []  # have copies in bf16 (--bf16_copies), which replays read
 
     def __call__(self, tokens: Tensor, reset: Tensor | None = None) -> Tensor:
         """tokens [B, T], reset bool [B, T] or None → the head's input [B, T, D]."""
@@ -71,12 +72,13 @@ class GraphedBlocks:
                 self._blocks = self._captured(x, reset)
         if self._blocks is None or x.shape != self._shape:
             return self._model.after_embedding(x, None, reset)[0]
-        bf16_copy.update(self._blocks.parameters())
+        bf16_copy.update(self._copied)
         return self._blocks(*((x,) if reset is None else (x, reset)))
 
     def _captured(self, x: Tensor, reset: Tensor | None) -> _Blocks:
         device, blocks = x.device, _Blocks(self._model).train()
-        bf16_copy.update(blocks.parameters())  # so that the graph does not
+        self._copied = [p for p in blocks.parameters() if bf16_copy.memory(p) is not None]
+        bf16_copy.update(self._copied)  # so that the graph does not
         sample = [x.detach().clone().requires_grad_(x.requires_grad)]
         if reset is not None:
             sample.append(torch.zeros_like(reset))
